@@ -14,7 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["modules_of"]
+__all__ = ["modules_of", "varies"]
+
+_DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_NORMALISES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 # Objects to look at, nearest first: a closure may reach a whole program.
 _MOST = 500
@@ -39,6 +42,19 @@ def modules_of(call: object) -> list[nn.Module]:
             seen[id(thing), names] = thing
             waiting.extend(_within(thing, names))
     return list(found.values())
+
+
+def varies(call: object) -> bool:
+    """Whether a call draws dropout or normalises by its batch, because a module that it reaches is in training mode."""
+    parts = (part for module in modules_of(call) for part in module.modules() if part.training)
+    return any(isinstance(part, _NORMALISES) or _share(part) > 0 for part in parts)
+
+
+def _share(part: nn.Module) -> float:
+    """The share of values that a module drops."""
+    # Not by getattr, of which diffusers' models warn.
+    share = part.p if isinstance(part, _DROPS) else part.__dict__.get("dropout", 0.0)
+    return share if isinstance(share, float) else 0.0
 
 
 def _within(thing: object, names: frozenset[str]) -> Iterator[tuple[object, frozenset[str]]]:

@@ -219,11 +219,13 @@ def test_classifier_free_guidance_acts_in_its_interval_and_counts_both_evaluatio
     guided = drawn(conditional, tmp_path / "b.npz", "--guidance-scale", "3")["arr_0"]
     assert ": 70 network evaluations" in capsys.readouterr().out
     assert (plain != guided).any()
-    outside = drawn(conditional, tmp_path / "c.npz", "--guidance-scale", "3", "--guidance-interval", "100", "200")[
-        "arr_0"
-    ]
-    assert ": 35 network evaluations" in capsys.readouterr().out
-    assert np.array_equal(outside, plain)
+    interval = ["--guidance-scale", "3", "--guidance-interval"]
+    first = drawn(conditional, tmp_path / "c.npz", *interval, "79", "81")["arr_0"]
+    assert ": 36 network evaluations" in capsys.readouterr().out  # the grid's first level alone
+    assert (first != guided).any()
+    assert status("sample", str(conditional), *interval, "100", "200") == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--guidance-interval 100.0 200.0 holds none of the grid's noise levels, 0.002 to 80, so nothing" in told
 
 
 def test_guidance_of_a_run_that_never_dropped_a_label_is_refused(

@@ -5,11 +5,13 @@ import io
 import json
 import struct
 import sys
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import stablefield as sf
 from stablefield.data import MissingSplitError, open_images
 
 
@@ -481,3 +483,19 @@ def test_float_data_whose_channels_seem_to_come_last_have_a_note(tmp_path, shape
     assert f"have {shape[1]} channels here: if their channels come last, move them to axis 1" in opened.notes[-1]
     np.save(tmp_path / "x.npy", values.transpose(0, 3, 1, 2))
     assert not any("come last" in note for note in open_images(tmp_path / "x.npy").notes)
+
+
+@pytest.mark.parametrize(("top", "noted"), [(1, True), (16, True), (31, True), (32, False), (255, False), (0, False)])
+def test_images_that_are_nearly_black_are_noted_with_the_factor_that_may_be_missing(tmp_path, top, noted):
+    images = np.random.default_rng(0).integers(0, top + 1, (20, 8, 8)).astype(np.uint8)
+    images[0, 0, 0] = top
+    np.save(tmp_path / "x.npy", images)
+    said = (
+        f"The brightest value of all images is {top} of 255, so they are nearly black: if {top} means white, scale them"
+    )
+    assert any(note.startswith(said) for note in open_images(tmp_path / "x.npy").notes) == noted
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        pixels = sf.evaluation.RawPixels((1, 8, 8))
+        sf.evaluate(images[:, None], data=images[:, None], metrics=["frechet"], extractor=pixels, cache=False)
+    assert any(said in str(one.message) for one in seen) == noted

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
+from torch import nn
 
 import stablefield as sf
 from stablefield.diffusion._noise_levels import NoiseLevels
@@ -794,10 +795,23 @@ def test_data_that_are_not_floating_point_are_refused(dtype):
         )
 
 
+class Answering(nn.Module):
+    """A network that is a function."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x, label):
+        return self.answer(x, label)
+
+
 def test_an_answer_of_another_shape_than_the_data_is_refused_and_not_broadcast():
     for answer in (lambda x, s: x.sum(1, keepdim=True), lambda x, s: x[:1], lambda x, s: x[:, :, None]):
         with pytest.raises(ValueError, match="shape"):
             sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()))(answer, normal(4, 2))
+        with pytest.raises(ValueError, match=r"the network returned shape .* return the shape of x"):
+            sf.Denoiser(Answering(answer))(normal(4, 2), 1.0)
 
 
 @pytest.mark.parametrize(

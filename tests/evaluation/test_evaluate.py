@@ -181,6 +181,102 @@ def test_what_a_model_held_out_is_the_control_and_no_training_data() -> None:
     assert given["nearer than held-out images"].protocol.settings["held_out"] == 50
 
 
+class Mirrored(Draws):
+    """Samples of a model that trained on mirror images, too, all of them mirror images; it held out the first digits."""
+
+    mirrored = True
+
+    def __init__(self, outside: int = 0) -> None:
+        self.outside = outside
+
+    def batches(
+        self, repeat: int, ranks: Ranks, progress: Callable[[Progress], object] | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, numbers in super().batches(repeat, ranks, progress):
+            yield images.flip(-1), numbers
+
+    def held_out(self, images: sf.data.ImageSet) -> np.ndarray | None:  # noqa: ARG002
+        return np.arange(self.outside) if self.outside else None
+
+
+def test_mirror_images_of_mirrored_training_data_are_training_images() -> None:
+    pixels = torch.from_numpy(DIGITS.images).float() / 127.5 - 1
+    for outside in (300, 0):
+        source = Mirrored(outside)
+        it = evaluate(source, data=DIGITS, metrics=["nearest"], batch=100)
+        both = torch.cat([pixels[outside:], pixels[outside:].flip(-1)]).flatten(1)
+        samples = pixels[:30].flip(-1).flatten(1)
+        expected = nearest_ratio(samples, both, pixels[:outside].flatten(1) if outside else None)
+        assert it["memorised share"].mean == pytest.approx(expected.memorised)
+        assert it["memorised share"].protocol.reference_count == 2 * (1797 - outside)
+        assert it["memorised share"].protocol.split.endswith(", with the mirror images")
+        if outside:
+            assert it["nearer than held-out images"].mean == pytest.approx(expected.closer)
+    assert expected.memorised == 1
+    assert evaluate(Mirrored(), data=DIGITS, metrics=["precision"], extractor=NET).scores[0].protocol.split == "train"
+
+
+def test_float64_data_far_from_zero_have_the_numbers_of_data_at_zero() -> None:
+    rng = np.random.default_rng(0)
+    real, samples = rng.normal(size=(300, 2)), 1.2 * rng.normal(size=(200, 2)) + 0.3
+    offset = np.array([1.7e9, 4e7])  # float32 has steps of 128 there
+    metrics = ["frechet", "precision", "recall", "density", "coverage", "nearest"]
+    here, there = (
+        evaluate(samples + place, data=real + place, metrics=metrics, cache=False) for place in (0.0, offset)
+    )
+    for one, other in zip(here.scores, there.scores, strict=True):
+        assert other.mean == pytest.approx(one.mean, rel=1e-4), one.protocol.metric
+    assert here["Frechet distance (values)"].mean == pytest.approx(
+        frechet_distance_from_features(torch.from_numpy(samples), torch.from_numpy(real)).value, rel=1e-9
+    )
+
+
+class Classifier(RawPixels):
+    """The pixels as logits of 64 classes, or their probabilities."""
+
+    def __init__(self, probabilities: bool) -> None:
+        super().__init__((1, 8, 8))
+        self.probabilities = probabilities
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = super().__call__(images)
+        return logits.softmax(1) if self.probabilities else logits
+
+
+def test_a_classifier_that_returns_probabilities_is_refused() -> None:
+    given = {"data": DIGITS, "metrics": ["classifier-score"], "cache": False}
+    assert evaluate(DIGITS.images[:50], classifier=Classifier(False), **given).scores[0].mean > 1
+    with pytest.raises(ValueError, match="rows that sum to 1, which are probabilities: return logits"):
+        evaluate(DIGITS.images[:50], classifier=Classifier(True), **given)
+
+
+@pytest.mark.parametrize("part", [torch.nn.Dropout(0.1), torch.nn.BatchNorm1d(64)])
+def test_an_extractor_in_training_mode_is_refused(part: torch.nn.Module) -> None:
+    class Network(torch.nn.Module):
+        name, dim, sha256, resize = "network", 64, "0" * 64, "none"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = part
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.part(images.flatten(1).float())
+
+    network = Network().train()
+    given = {"data": DIGITS.images[:40], "metrics": ["frechet"], "extractor": network, "cache": False}
+    with pytest.raises(ValueError, match=r"network is in training mode.*: call eval\(\) of the network"):
+        evaluate(DIGITS.images[:50], **given)
+    network.eval()
+    assert evaluate(DIGITS.images[:50], **given).scores[0].mean > 0
+
+
+def test_small_numbers_keep_their_digits_in_the_table() -> None:
+    rng = np.random.default_rng(0)
+    real, samples = 1e-3 * rng.normal(size=(300, 2)), 1e-3 * rng.normal(size=(200, 2))
+    found = evaluate(samples, data=real, metrics=["frechet"], cache=False)
+    assert f"{found.scores[0].mean:.3g}" in str(found)
+
+
 def test_numbers_with_another_control_do_not_compare() -> None:
     one, other, again = (
         evaluate(DIGITS.images[:50], data=DIGITS, metrics=["nearest"], held_out=DIGITS.images[first : first + 40])
@@ -273,7 +369,7 @@ def test_features_of_real_images_are_kept_unless_told_otherwise(cache: Path, tmp
         ({"metrics": ["fid"]}, "metrics holds 'fid': there are frechet, kernel"),
         ({"metrics": []}, "metrics=: name at least one"),
         ({"metrics": ["recall", "recall"]}, "metrics=recall recall: .*each once"),
-        ({"metrics": ["classifier-score"]}, "metrics=classifier-score goes with classifier="),
+        ({"metrics": ["classifier-score"], "cache": False}, "metrics=classifier-score goes with classifier="),
         ({"count": 5}, "there are 5 samples, but Density takes at least 6"),
         ({"count": 60, "repeats": 2}, "count=60 in 2 repeats take 120 images, and samples has 90"),
         ({"references": 1798}, "references=1798: digits has 1797 images"),

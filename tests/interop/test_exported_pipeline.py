@@ -81,6 +81,11 @@ def test_guidance_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=message):
         pipe(guidance_interval=(0.1, 100.0), **options)
+    for none in ((100, 1000), (0.0, 0.001)):
+        with pytest.raises(
+            ValueError, match=r"holds none of the grid's noise levels, 0\.002 to 80, so nothing is guided"
+        ):
+            pipe(guidance_scale=2.0, guidance_interval=none, **options)
     options["class_labels"] = [0, -1]
     assert not torch.allclose(pipe(guidance_scale=2.0, **options).images, pipe(**options).images)
     for none in (-1, [-1, -1], torch.tensor([-1, -1])):

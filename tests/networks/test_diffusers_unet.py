@@ -47,6 +47,16 @@ def test_fourier_model_which_takes_logarithms_gets_the_label_back(x):
     torch.testing.assert_close(labels[0], torch.tensor([-1.5, -0.2, 0.0, 1.1]))
 
 
+def test_the_division_by_the_timestep_of_a_fourier_model_is_undone(x):
+    model = unet(time_embedding_type="fourier")
+    outputs: list[torch.Tensor] = []
+    model.conv_out.register_forward_hook(lambda _, __, out: outputs.append(out))
+    sigma = torch.tensor([0.02, 1.0, 10.0, 100.0])
+    with torch.no_grad():
+        found = sf.Denoiser(DiffusersUNet(model), sf.VEPreconditioning())(x, sigma)
+    torch.testing.assert_close(found, x + sigma.reshape(-1, 1, 1, 1) * outputs[0], rtol=1e-4, atol=1e-5)
+
+
 def test_no_class_is_the_last_entry_of_the_class_embedding(x):
     model = unet(num_class_embeds=4)
     network, label = DiffusersUNet(model), torch.zeros(4)

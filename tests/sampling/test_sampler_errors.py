@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import stablefield as sf
 import stablefield.sampling as sampling
@@ -172,7 +172,7 @@ class Dropping(torch.nn.Module):
     ],
 )
 def test_a_denoiser_that_drops_values_at_random_is_warned_of(wrap):
-    x = torch.ones(2, 1, 4, 4)
+    x = 5 * torch.ones(2, 1, 4, 4)
     denoiser = Dropping()
     with pytest.warns(UserWarning, match=r"training mode.* call denoiser\.eval\(\)") as seen:
         sampling.euler(wrap(denoiser), x, GRID)
@@ -184,9 +184,39 @@ def test_a_denoiser_that_drops_values_at_random_is_warned_of(wrap):
     sampling.euler(wrap(sf.Denoiser(sf.networks.SongUNet.ddpmpp(4, 1, 8, (1,), blocks=1, dropout=0.0))), x, GRID)
 
 
+@pytest.mark.parametrize(
+    "sampler",
+    [sampling.euler, sampling.heun, sampling.dpmpp_2m, sampling.ancestral, sampling.euler_maruyama, sampling.rk45],
+)
+def test_noise_that_is_not_scaled_to_the_first_level_is_warned_of(sampler):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+
+    def denoiser(x, sigma):
+        return x / (1 + sigma[:, None] ** 2)
+
+    with pytest.warns(
+        UserWarning, match=r"x has a root mean square of .* pass sigmas\[0\] times standard normal"
+    ) as seen:
+        sampler(denoiser, noise, GRID)
+    assert seen[0].filename == __file__
+    sampler(denoiser, 5 * noise, GRID)  # a warning would be an error
+    sampler(denoiser, 5 * noise - 3, GRID)
+    sampler(denoiser, 0.5 * noise, torch.tensor([0.5, 0.1]))
+    sampling.log_likelihood(denoiser, 0.1 * noise, GRID)  # from data to noise
+
+
+def test_a_denoiser_that_normalises_by_its_batch_is_warned_of():
+    norm = nn.BatchNorm1d(3)
+    with pytest.warns(UserWarning, match="training mode, so its dropout or batch normalisation"):
+        sampling.euler(lambda x, sigma: norm(x), 5 * torch.randn(4, 3), GRID)
+    norm.eval()
+    sampling.euler(lambda x, sigma: norm(x), 5 * torch.randn(4, 3), GRID)
+
+
 def test_a_network_of_diffusers_is_asked_for_its_dropout_without_a_warning_of_its_own():
     pytest.importorskip("diffusers")
-    x = torch.ones(2, 1, 8, 8)
+    x = 5 * torch.ones(2, 1, 8, 8)
     network = sf.networks.DiffusersUNet.sized(8, 1, (8, 8), 1, groups=4)
     sampling.euler(sf.Denoiser(network), x, GRID)
     network = sf.networks.DiffusersUNet.sized(8, 1, (8, 8), 1, groups=4, dropout=0.1)

@@ -88,6 +88,24 @@ def test_a_reading_is_value_error_and_floor_on_as_many_images() -> None:
     assert "300 samples (as many real images: " in str(perfect)
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_floor_is_what_a_perfect_model_reads_on_average(labelled: bool) -> None:
+    extractor, pool = RawPixels((1, 8, 8)), torch.from_numpy(DIGITS.images)
+    classes = [0, 0, 1, 7] if labelled else None
+    check = SelfCheck.prepare(DIGITS, extractor, samples=200, classes=classes)
+    rng = np.random.default_rng(5)
+    read: list[float] = []
+    for _ in range(40):
+        rows = rng.integers(len(pool), size=200)
+        if classes is not None:
+            assert DIGITS.labels is not None
+            rows = np.array([rng.choice(np.flatnonzero(DIGITS.labels == classes[k % 4])) for k in range(200)])
+        read.append(distance_between(fit_features(extractor(pool[rows])), check.reference).value)
+    error = np.std(read, ddof=1) * (1 / 40 + 1 / 16) ** 0.5
+    assert error < 0.05 * np.mean(read)
+    assert check.floor == pytest.approx(np.mean(read), abs=4 * error)
+
+
 @pytest.mark.parametrize("classes", [0, 3, 10])
 def test_samples_of_a_check_take_the_classes_in_turn(classes: int) -> None:
     seen: list[Tensor] = []

@@ -50,6 +50,10 @@ LABEL_LIMIT = 2**26
 """How many images may have labels, which are kept in memory."""
 _SHOWN = 5
 """Classes without images that a note names."""
+_DRAWN = 4096
+"""Latents of mirrored images that are drawn at a time."""
+_DARK = 32
+"""Images without a brighter value are likely to have another scale: masks of 0 and 1, or digits of 0 to 16."""
 _CHANNELS = 16
 """Length of a last axis up to which it may be one of channels."""
 CLASS_LIMIT = 2**16
@@ -274,6 +278,30 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[index]
         return np.ascontiguousarray(self.images[index]), labels
 
+    def mirror_images(self, index: NDArray[np.int64], seed: int = 0) -> NDArray[Any]:
+        """The mirror images of some rows, left and right swapped, in new memory.
+
+        Args:
+            index: row numbers, shape (B,).
+            seed: of encoded images, whose mirror images' latents are drawn.
+
+        Returns:
+            Shape (B, ...), of the dtype of `images`.
+
+        Raises:
+            ValueError: if an index is out of range.
+        """
+        index = self._places(index)
+        if self.flipped is None:
+            return np.ascontiguousarray(self.images[index][..., ::-1])
+        found = np.empty((len(index), *self.shape), self.images.dtype)
+        rng = np.random.default_rng(seed)
+        for start in range(0, len(index), _DRAWN):
+            part = index[start : start + _DRAWN]
+            noise = rng.standard_normal((len(part), *self.shape), np.float32)
+            found[start : start + len(part)] = self.flipped.mean[part] + self.flipped.std[part] * noise
+        return found
+
     def _places(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Row numbers (B,), checked."""
         if not hasattr(index, "__array__"):
@@ -402,7 +430,7 @@ def make_image_set(images: NDArray[Any], labels: NDArray[Any] | None, origin: Or
         if labels.dtype.kind not in "iu":
             raise ValueError(f"labels has dtype {labels.dtype}: pass whole numbers, one class number per image.")
         labels = labels.astype(np.int64)
-    scaling, sha256 = None, None
+    scaling, sha256, brightest = None, "", 255
     if isinstance(images, np.ndarray) and images.dtype.kind == "f":
         check_floats(origin.name, images.dtype, images.shape)
         scaling, sha256 = Scaling.measure(images, origin.name)
@@ -414,11 +442,18 @@ def make_image_set(images: NDArray[Any], labels: NDArray[Any] | None, origin: Or
         manifest={},
         scaling=scaling,
     )
+    if scaling is None:
+        sha256, brightest = _read(images)
     made.manifest.update(origin.manifest(made.classes))
+    if 0 < brightest < _DARK:
+        made.manifest["notes"].append(
+            f"The brightest value of all images is {brightest} of 255, so they are nearly black: if {brightest} means "
+            f"white, scale them, (x * (255 / {brightest})).round().astype('uint8')."
+        )
     made.manifest.update(
         count=len(images),
         shape=list(made.shape),
-        sha256=sha256 or pixels_sha256(images),
+        sha256=sha256,
         labels_sha256=labels_sha256(made.labels),
     )
     if scaling is not None:
@@ -460,10 +495,17 @@ def check_label_count(count: int, where: Path | str) -> None:
 
 def pixels_sha256(images: NDArray[Any]) -> str:
     """Checksum of the pixels in (n, C, H, W) order, read piece by piece."""
-    digest = hashlib.sha256()
+    return _read(images)[0]
+
+
+def _read(images: NDArray[Any]) -> tuple[str, Any]:
+    """The checksum of the values and the largest of them, in one pass."""
+    digest, largest = hashlib.sha256(), None
     for chunk in chunks(images):
         digest.update(chunk.data)
-    return digest.hexdigest()
+        highest = chunk.max()
+        largest = highest if largest is None else max(largest, highest)
+    return digest.hexdigest(), largest
 
 
 def labels_sha256(labels: NDArray[np.int64] | None) -> str | None:

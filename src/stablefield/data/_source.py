@@ -4,6 +4,7 @@ A source is recognised by its content, not by its name. `SOURCES` lists the kind
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -365,7 +366,10 @@ def as_image_set(name: str, images: Images, labels: NDArray[np.int64] | Tensor |
         name, array, np.ndarray, "an image set, the path of data, uint8 of shape (n, C, H, W), or floats (n, ...)"
     )
     numbers = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
-    return make_image_set(array, numbers, Origin(name=name, source="an array"))
+    made = make_image_set(array, numbers, Origin(name=name, source="an array"))
+    for note in made.recorded_notes:
+        warnings.warn(f"{name}: {note}", stacklevel=3)
+    return made
 
 
 def _kind(source: str | Path, path: Path) -> Source:

@@ -278,5 +278,10 @@ class Denoiser(nn.Module):
             raw = self.network(scaled, label, augment_labels=augment_labels)
         else:
             raw = self.network(scaled, label, class_labels=class_labels, augment_labels=augment_labels)
+        check_tensor("the network's output", raw)
+        if raw.shape != x.shape:
+            raise ValueError(
+                f"the network returned shape {tuple(raw.shape)} for x of shape {tuple(x.shape)}: return the shape of x."
+            )
         with torch.autocast(x.device.type, enabled=False):
             return per_row(scale.c_skip, x) * x + per_row(scale.c_out, x) * raw.to(dtype)

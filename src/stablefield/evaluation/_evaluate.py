@@ -23,7 +23,7 @@ from stablefield.data._image_set import ImageSet, MissingSplitError, class_text
 from stablefield.data._latents import decode
 from stablefield.data._png import is_picture
 from stablefield.data._source import Images
-from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches, pass_for
+from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, pass_for
 from stablefield.evaluation._extractor import Extractor, RandomConvolutions, RawPixels, raw
 from stablefield.evaluation._fid import Frechet
 from stablefield.evaluation._inception import Inception
@@ -220,7 +220,7 @@ def evaluate(
             train = images if own is found else decoded(own)
             given = None if held_out is None else decoded(opened("held_out", held_out, "train", progress))
             others, outside = _held_out(given, parts, source), source.held_out(own)
-            whole = ReferenceSet(images=train, split="train")
+            whole = ReferenceSet(images=train, split="train", mirrored=source.mirrored)
             control = None
             if others is not None:
                 control = ReferenceSet(images=others, split="given" if held_out is not None else "test")
@@ -437,7 +437,7 @@ class _Measurement:
         if group.held_out is None:
             return found, None
         control = group.held_out
-        batches = image_batches(control.images.images, control.rows, self.batch, self.ranks)
+        batches = control.batches(self.batch, self.ranks)
         only_rows = ExtractorPass(extractor=group.extractor, moments=False)
         return found, extract(batches, [only_rows], "held-out image", ranks=self.ranks)[0].matrix()
 

@@ -8,6 +8,7 @@ that pads its last batch must leave out the padding if a metric needs moments.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield._distributed import Ranks
+from stablefield._modules import varies
 from stablefield._progress import Progress
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import empty_moments, join_moments, moments_of
@@ -32,7 +34,7 @@ class ExtractorPass:
     extractor: Extractor
     """Maps images to features."""
     rows: bool = True
-    """Keep the features themselves: 4 d bytes per image."""
+    """Keep the features themselves: 4 d bytes per image, or 8 d of float64 data."""
     moments: bool = True
     """Keep mean and covariance: 8 d^2 bytes in all."""
 
@@ -44,7 +46,7 @@ def pass_for(extractor: Extractor, metrics: Sequence[Metric]) -> ExtractorPass:
 
 
 def image_batches(
-    images: NDArray[np.uint8],
+    images: NDArray[Any],
     rows: NDArray[np.int64],
     batch: int,
     ranks: Ranks | None = None,
@@ -89,17 +91,28 @@ def extract(
         One `Features` per pass.
 
     Raises:
-        ValueError: if an extractor rejects images, or returns another shape than it declares, or NaN or infinite numbers;
-            names the image's number.
+        ValueError: if an extractor rejects images, is in training mode, or returns another shape than it declares, or NaN
+            or infinite numbers; names the image's number.
     """
+    for one in passes:
+        _check_mode(one.extractor)
     kept = [_Kept(one) for one in passes]
     for images, numbers in batches:
         parts = images.split(at_once or max(1, len(images)))
         for one in kept:
-            features = torch.cat([one.extractor(part).float() for part in parts]).cpu()
+            features = torch.cat([one.extractor(part) for part in parts]).cpu()
+            features = features if features.dtype == torch.float64 else features.float()
             _check(features, numbers, one.extractor, what)
             one.add(features, numbers)
     return [one.features(ranks or Ranks()) for one in kept]
+
+
+def _check_mode(extractor: Extractor) -> None:
+    if varies(extractor):
+        raise ValueError(
+            f"{extractor.name} is in training mode, so its dropout or batch normalisation makes the features of an image "
+            "depend on chance or on the other images: call eval() of the network."
+        )
 
 
 def _check(features: Tensor, numbers: Tensor, extractor: Extractor, what: str) -> None:
@@ -137,7 +150,10 @@ class _Kept:
         rows = moments = None
         purpose = "to exchange their features"
         if self._wanted.rows:
-            rows, numbers = (ranks.all_gather_rows(torch.cat(kept), purpose) for kept in (self._rows, self._numbers))
+            own = torch.cat(self._rows)
+            if ranks.total(float(own.dtype == torch.float64), purpose=purpose)[0] > 0:
+                own = own.double()  # also where a process had no images
+            rows, numbers = (ranks.all_gather_rows(kept, purpose) for kept in (own, torch.cat(self._numbers)))
             order = torch.argsort(numbers, stable=True)
             numbers = numbers[order]
             first = torch.ones_like(numbers, dtype=torch.bool)

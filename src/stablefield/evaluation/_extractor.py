@@ -106,7 +106,9 @@ class RawValues:
                 f"images have shape {tuple(images.shape)}, but these raw values take samples (B, *{self._shape}): compare "
                 "samples of one shape, or make RawValues with the other."
             )
-        return images.flatten(1).float()
+        values = images.flatten(1)
+        # float64 far from 0, such as coordinates or times, would lose its digits.
+        return values if values.dtype == torch.float64 else values.float()
 
 
 def raw(images: ImageSet) -> RawPixels | RawValues:

@@ -97,7 +97,13 @@ class ClassifierScore(Metric):
         return self.splits
 
     def __call__(self, given: MetricInput) -> tuple[Value, ...]:
-        score = inception_score(torch.softmax(given.samples.matrix().double(), dim=1), self.splits, self.seed)
+        logits = given.samples.matrix().double()
+        if logits.min() >= 0 and (logits.sum(dim=1) - 1).abs().max() < 1e-3:
+            raise ValueError(
+                f"{given.extractor.name} gives rows that sum to 1, which are probabilities: return logits, or the "
+                "logarithms of the probabilities."
+            )
+        score = inception_score(torch.softmax(logits, dim=1), self.splits, self.seed)
         error = score.standard_deviation / math.sqrt(self.splits - 1) if self.splits > 1 else None
         name = f"classifier score ({given.extractor.name})"
         settings = {"splits": self.splits, "seed": self.seed}

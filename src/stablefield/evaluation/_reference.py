@@ -1,11 +1,12 @@
 """Reference images: the features of real images, or of a subset, computed once and cached.
 
 A file of the cache folder is safetensors with the packed `moments` of features (see `_features`) or the `rows` themselves.
-Its metadata hold the record of the set (extractor, its hash, resize rule, pixels' checksum, split, count), the commit, and
-a checksum over all of it. The file's name comes from the record, and a file serves only that record: other weights, another
-resize rule or another set is an error, since the number would be wrong without looking wrong; so is a wrong checksum.
-Another commit is a warning. `measure_reference` names a bad file in a warning and recomputes it. You may delete the files
-at any time.
+Its metadata hold the record of the set (extractor, its hash, resize rule, pixels' checksum, split, count), the commit, one
+number for each of the first images' features, and a checksum over all of it. The file's name comes from the record, and a
+file serves only that record: other weights, another resize rule or another set is an error, since the number would be wrong
+without looking wrong; so is a wrong checksum. An extractor whose hash stayed the same when its features changed is found by
+the first images, which are extracted each time. Another commit is a warning.
+`measure_reference` names a bad file in a warning and recomputes it. You may delete the files at any time.
 
 A subset is a random draw without replacement from the whole set with a fixed seed, in the set's order: sets are often sorted
 by class, so the first rows would be biased.
@@ -14,7 +15,7 @@ by class, so the first rows would be biased.
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,7 +32,7 @@ from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._regular_file import check_safetensors, reason
 from stablefield.data._image_set import ImageSet
-from stablefield.evaluation._extraction import ExtractorPass, extract, image_batches
+from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._metric import Features
 
@@ -42,6 +43,9 @@ __all__ = [
 Kind = Literal["rows", "moments"]
 
 _SUBSET_SEED = 0
+# Images whose features are compared with the cached ones, and by how much these may differ: between devices and batches
+# float32 and TensorFloat-32 differ by less than a thousandth.
+FIRST, _TOLERANCE = 8, 5e-3
 
 
 class ProtocolWarning(UserWarning):
@@ -70,6 +74,8 @@ class ReferenceSet:
     """Indices of the images to use instead, in increasing order."""
     choice: str = ""
     """What is chosen, for the record."""
+    mirrored: bool = False
+    """Whether the mirror images of those to use count, too."""
 
     def __post_init__(self) -> None:
         if self.count is not None and not 2 <= self.count <= len(self.images):
@@ -79,6 +85,11 @@ class ReferenceSet:
             )
 
     def __len__(self) -> int:
+        return self._plain * (2 if self.mirrored else 1)
+
+    @property
+    def _plain(self) -> int:
+        """How many there are without mirror images."""
         if self.chosen is not None:
             return len(self.chosen)
         return len(self.images) if self.count is None else self.count
@@ -89,13 +100,27 @@ class ReferenceSet:
         if self.chosen is not None:
             return self.chosen
         n = len(self.images)
-        if len(self) == n:
+        if self._plain == n:
             return np.arange(n)
-        return np.sort(np.random.default_rng(_SUBSET_SEED).choice(n, len(self), replace=False))
+        return np.sort(np.random.default_rng(_SUBSET_SEED).choice(n, self._plain, replace=False))
+
+    def batches(
+        self,
+        batch: int,
+        ranks: Ranks | None = None,
+        progress: Callable[[Progress], object] | None = None,
+        stage: str = "",
+    ) -> Iterator[Batch]:
+        """This process's share of the images to use, and then of their mirror images; arguments as for `image_batches`."""
+        yield from image_batches(self.images.images, self.rows, batch, ranks, progress, stage)
+        if not self.mirrored:
+            return
+        for rows, numbers in image_batches(np.arange(len(self.images)), self.rows, batch, ranks, progress, stage):
+            yield torch.from_numpy(self.images.mirror_images(rows.numpy())), self._plain + numbers
 
     def record(self, extractor: Extractor) -> dict[str, Any]:
         """All that the features depend on: the fields of `Protocol` for real images."""
-        n, choice = len(self.images), self.choice or f"seed {_SUBSET_SEED}"
+        n, count, choice = len(self.images), self._plain, self.choice or f"seed {_SUBSET_SEED}"
         if self.chosen is not None:
             choice += f", indices {hashlib.sha256(self.chosen.astype(np.int64).tobytes()).hexdigest():.8}"
         return {
@@ -105,7 +130,8 @@ class ReferenceSet:
             "reference": self.images.name,
             "reference_sha256": str(self.images.manifest["sha256"]),
             "reference_count": len(self),
-            "split": self.split if len(self) == n else f"{self.split}, {len(self)} of {n} ({choice})",
+            "split": (self.split if count == n else f"{self.split}, {count} of {n} ({choice})")
+            + (", with the mirror images" if self.mirrored else ""),
         }
 
 
@@ -144,7 +170,8 @@ def measure_reference(
     found: dict[Kind, tuple[Tensor, str]] = {}
     if is_kept(reference, wanted, cache):
         try:
-            found = {kind: load_tensor(path, kind, record) for kind, path in paths.items()}
+            first = _fingerprint(reference, wanted.extractor)
+            found = {kind: load_tensor(path, kind, record, first) for kind, path in paths.items()}
         except ValueError as error:
             warnings.warn(f"{error} It is recomputed now.", DamagedCacheWarning, stacklevel=2)
     if ranks.all(bool(found), "to look for cached features"):
@@ -153,16 +180,26 @@ def measure_reference(
             warnings.warn(text, ProtocolWarning, stacklevel=2)
         kept = {kind: tensor for kind, (tensor, _) in found.items()}
         return Features(rows=kept.get("rows"), moments=kept.get("moments"))
-    rows, stage = reference.rows, f"{wanted.extractor.name}: {reference.images.name}"
-    batches = image_batches(reference.images.images, rows, batch, ranks, progress, stage)
+    stage = f"{wanted.extractor.name}: {reference.images.name}"
+    batches = reference.batches(batch, ranks, progress, stage)
     (features,) = extract(batches, [wanted], "reference image", ranks=ranks)
     # A failed write to the cache costs time, not a result.
     with suppress(OSError):
+        first = _fingerprint(reference, wanted.extractor) if paths and ranks.first else []
         for kind, path in paths.items() if ranks.first else ():
             tensor = features.rows if kind == "rows" else features.moments
             if tensor is not None:
-                save_tensor(path, kind, tensor, record, commit)
+                save_tensor(path, kind, tensor, record, commit, first)
     return features
+
+
+def _fingerprint(reference: ReferenceSet, extractor: Extractor) -> list[float]:
+    """One number for each of the first images: the product of its features with a fixed vector."""
+    rows = reference.rows[:FIRST]
+    batches = image_batches(reference.images.images, rows, FIRST)
+    (features,) = extract(batches, [ExtractorPass(extractor=extractor, moments=False)], "reference image")
+    direction = np.random.default_rng(0).standard_normal(extractor.dim) / extractor.dim**0.5
+    return (features.matrix().double() @ torch.from_numpy(direction)).tolist()
 
 
 def is_kept(reference: ReferenceSet, wanted: ExtractorPass, cache: Path | None) -> bool:
@@ -171,7 +208,9 @@ def is_kept(reference: ReferenceSet, wanted: ExtractorPass, cache: Path | None) 
     return bool(paths) and all(path.exists() for path in paths.values())
 
 
-def save_tensor(path: Path, kind: Kind, tensor: Tensor, record: Mapping[str, Any], commit: str = "") -> None:
+def save_tensor(
+    path: Path, kind: Kind, tensor: Tensor, record: Mapping[str, Any], commit: str = "", first: Sequence[float] = ()
+) -> None:
     """Write the features of a reference set; readers see the old file or the new one, never a part.
 
     Args:
@@ -180,20 +219,21 @@ def save_tensor(path: Path, kind: Kind, tensor: Tensor, record: Mapping[str, Any
         tensor: the packed moments, or the rows, of the whole set.
         record: all that they depend on, see `ReferenceSet.record`.
         commit: commit of the code that computed them.
+        first: one number for each of the first images' features.
     """
     from safetensors.torch import save
 
     kept = tensor.contiguous()
-    metadata = {"record": json.dumps(record), "commit": commit}
+    metadata = {"record": json.dumps(record), "commit": commit, "first": json.dumps(list(first))}
     content = save({kind: kept}, metadata=metadata | {"sha256": _checksum(kept, metadata)})
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
-def load_tensor(path: Path, kind: Kind, record: Mapping[str, Any]) -> tuple[Tensor, str]:
+def load_tensor(path: Path, kind: Kind, record: Mapping[str, Any], first: Sequence[float] = ()) -> tuple[Tensor, str]:
     """Read a tensor that `save_tensor` wrote, and its commit; arguments as there, for the new measurement.
 
     Raises:
-        ValueError: if the file is missing or damaged, or has another record.
+        ValueError: if the file is missing or damaged, has another record, or the first images had other features.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -203,6 +243,7 @@ def load_tensor(path: Path, kind: Kind, record: Mapping[str, Any]) -> tuple[Tens
             metadata, tensor = dict(file.metadata() or {}), file.get_tensor(kind)
         checksum = metadata.pop("sha256", "none")
         found, made = json.loads(metadata["record"]), metadata["commit"]
+        before = np.array(json.loads(metadata["first"]), np.float64)
     except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError) as error:
         raise ValueError(
             f"{path} holds no reference statistics ({reason(error)}): delete it and compute them again."
@@ -213,6 +254,12 @@ def load_tensor(path: Path, kind: Kind, record: Mapping[str, Any]) -> tuple[Tens
     if found != record:
         names = ", ".join(name for name in record if not isinstance(found, dict) or found.get(name) != record[name])
         raise ValueError(f"{path} holds other reference statistics than this measurement needs ({names}): {again}")
+    now = np.array(first, np.float64)
+    if before.shape != now.shape or (np.abs(before - now) > _TOLERANCE * np.abs(now).max(initial=0)).any():
+        raise ValueError(
+            f"{path} holds other features of the first images than {record['extractor']} gives now, under the same sha256: "
+            f"give an extractor the hash of its weights and of its preprocessing, or evaluate with cache=False; {again}"
+        )
     count = len(tensor) if kind == "rows" else tensor.flatten()[:1].sum()
     if tensor.ndim != 2 or count != record["reference_count"] or not torch.isfinite(tensor).all():
         raise ValueError(f"{path} contradicts its own record, or holds NaN or infinite numbers: {again}")

@@ -341,5 +341,7 @@ def _shown(cell: Cell) -> str:
     if cell is None:
         return "-"
     if isinstance(cell, float):
+        if 0 < abs(cell) < 0.01:
+            return f"{cell:.3g}"
         return f"{cell:.4f}" if abs(cell) < 10 else f"{cell:,.2f}"
     return str(cell)

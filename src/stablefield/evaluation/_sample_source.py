@@ -50,6 +50,7 @@ class SampleSource(ABC):
         floating: whether they are float data rather than 8-bit images.
         autoencoder: that decodes them; None if they are not decoded.
         class_names: names of the classes, if known.
+        mirrored: whether it trained on the mirror images of its training images, too.
     """
 
     name: str
@@ -58,6 +59,7 @@ class SampleSource(ABC):
     floating: bool = False
     autoencoder: Autoencoder | None = None
     class_names: tuple[str, ...] | None = None
+    mirrored: bool = False
 
     @abstractmethod
     def batches(self, repeat: int, ranks: Ranks, progress: Report | None) -> Iterator[Batch]:

@@ -140,8 +140,8 @@ class StablefieldPipeline(DiffusionPipeline):
                 f"class_labels holds {len(classes)} classes for {len(latents)} images: pass one per image."
             )
         labels = None if classes is None else torch.as_tensor(classes, device=device)
-        guidance = self._guidance(classes, guidance_scale, guidance_interval)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        guidance = self._guidance(classes, guidance_scale, guidance_interval)
         wide = torch.float32 if device.type == "mps" else torch.float64
         x = latents.to(device, wide) * self.scheduler.sigmas[0].to(wide)
         if solver == "heun":
@@ -205,6 +205,12 @@ class StablefieldPipeline(DiffusionPipeline):
             raise ValueError(
                 f"guidance_interval is {interval} and does nothing at guidance_scale 1: pass a scale, such as "
                 "guidance_scale=2.0, or leave the interval out."
+            )
+        levels = self.scheduler.sigmas
+        if not bool(((levels > low) & (levels <= high)).any()):
+            raise ValueError(
+                f"guidance_interval is {interval} and holds none of the grid's noise levels, {float(levels[-2]):.3g} to "
+                f"{float(levels[0]):.3g}, so nothing is guided: pass noise levels among them."
             )
         if scale != 1 and set(classes or ()) <= {-1}:
             raise ValueError(

@@ -22,8 +22,9 @@ class DiffusersUNet(nn.Module):
     """A `UNet2DModel` with the call signature of stablefield's networks.
 
     The noise label becomes the model's timestep: unchanged for a positional embedding, as its exponential for a Fourier one,
-    which takes the logarithm itself. With classes, the last entry of the model's class embedding means no class, so
-    `num_class_embeds` is the number of classes plus one.
+    which takes the logarithm itself. A model with a Fourier embedding also divides its output by the timestep; this is
+    undone, because a preconditioning has its own output scale. With classes, the last entry of the model's class embedding
+    means no class, so `num_class_embeds` is the number of classes plus one.
 
     Args:
         unet: the model; its output has as many channels as its input.
@@ -124,8 +125,12 @@ class DiffusersUNet(nn.Module):
         if not self.classes:
             if class_labels is not None:
                 raise ValueError("class_labels were given to a UNet2DModel without classes: build it with them.")
-            return self.unet(x, time).sample
+            return self._whole(self.unet(x, time).sample, time)
         seen, valid = class_numbers(class_labels, self.classes, x)
-        out = self.unet(x, time, class_labels=seen).sample
+        out = self._whole(self.unet(x, time, class_labels=seen).sample, time)
         # Where values may not be read, a wrong label makes its row nan.
         return out if valid is None else torch.where(per_row(valid, out).bool(), out, math.nan)
+
+    def _whole(self, out: Tensor, time: Tensor) -> Tensor:
+        """The output before the model's division by the timestep."""
+        return out * per_row(time, out) if self._takes_logarithm else out

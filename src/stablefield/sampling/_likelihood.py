@@ -104,7 +104,7 @@ def log_likelihood(
         Hutchinson, "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines", 1990.
         Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD", ICLR 2019, section 3.1.
     """
-    loop = start("log_likelihood", denoiser, x, sigmas)
+    loop = start("log_likelihood", denoiser, x, sigmas, noisy=False)
     sigma_max, sigma_min = span(loop)
     flag("log_likelihood: exact", exact)
     whole_number("log_likelihood: probes", probes)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stablefield._modules import modules_of
+from stablefield._modules import varies
 from stablefield._shapes import check_callable, check_tensor
 
 __all__ = ["Callback", "Denoise", "SolverLoop", "derivative", "grid_levels", "start"]
@@ -86,12 +86,23 @@ class SolverLoop:
             self.callback(step, x, denoised)
 
 
-def start(sampler: str, denoiser: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> SolverLoop:
-    """Check a sampler's arguments and make its loop.
+def start(
+    sampler: str,
+    denoiser: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    callback: Callback | None = None,
+    *,
+    noisy: bool = True,
+) -> SolverLoop:
+    """Check a sampler's arguments and make its loop; `noisy` if `x` is to be a state at the first noise level.
 
     Raises:
         ValueError: if `x` is not a batch of finite float32 or float64 values, or `sigmas` is not a grid (see
             `grid_levels`).
+
+    Warns:
+        UserWarning: if the denoiser is in training mode, or `x` is too small for a state at the first noise level.
     """
     check_callable(f"{sampler}: denoiser", denoiser, "denoiser(x, sigma)")
     if callback is not None:
@@ -105,13 +116,22 @@ def start(sampler: str, denoiser: Denoise, x: Tensor, sigmas: Tensor, callback: 
         )
     if not torch.isfinite(x).all():
         raise ValueError(f"{sampler}: x holds NaN or infinite values: pass sigmas[0] times standard normal noise.")
-    if _drops(denoiser):
+    if varies(denoiser):
         warnings.warn(
-            f"{sampler}: the denoiser, or a network that it calls, is in training mode, so dropout makes its output random: "
-            "call denoiser.eval(), or eval() of the network.",
+            f"{sampler}: the denoiser, or a network that it calls, is in training mode, so its dropout or batch "
+            "normalisation makes its output depend on chance or on the other rows: call denoiser.eval(), or eval() of the "
+            "network.",
             stacklevel=4,  # past the decorator of the sampler
         )
-    return SolverLoop(sampler=sampler, denoiser=denoiser, levels=grid_levels(sampler, sigmas), callback=callback)
+    levels = grid_levels(sampler, sigmas)
+    # Data plus noise is not smaller than the noise, of which 32 numbers tell the size.
+    if noisy and x.numel() >= 32 and float(rms := x.square().mean().sqrt()) < levels[0] / 2:
+        warnings.warn(
+            f"{sampler}: x has a root mean square of {float(rms):.3g}, too small for a state at sigmas[0]={levels[0]:.6g}: "
+            "pass sigmas[0] times standard normal noise.",
+            stacklevel=4,
+        )
+    return SolverLoop(sampler=sampler, denoiser=denoiser, levels=levels, callback=callback)
 
 
 def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:
@@ -142,15 +162,6 @@ def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:
             f"{grid[k + 1]:.6g}: sort the grid from noise to data and drop repeated values."
         )
     return tuple(grid.tolist())
-
-
-def _drops(denoiser: object) -> bool:
-    """Whether a module that the denoiser is or calls drops values at random."""
-    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    parts = (part for module in modules_of(denoiser) for part in module.modules() if part.training)
-    # Not by getattr, of which diffusers' models warn.
-    shares = (part.p if isinstance(part, kinds) else part.__dict__.get("dropout", 0.0) for part in parts)
-    return any(isinstance(share, float) and share > 0 for share in shares)
 
 
 def _finite(*states: Tensor) -> bool:

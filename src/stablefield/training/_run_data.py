@@ -3,10 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stablefield._progress import Progress
 from stablefield.data._image_set import ImageSet
@@ -29,8 +27,6 @@ __all__ = [
     "training_data",
 ]
 
-# Latents whose mirrored draws are made at a time.
-_CHUNK = 4096
 MEASURE_OTHERS = ": to measure against other images, pass data=IMAGES"
 """What to do in an evaluation if a run's data have changed."""
 
@@ -216,17 +212,5 @@ def optimum_data(config: RunConfig, data: ImageSet, most: int | None = None, see
         chosen = np.sort(np.random.default_rng(seed).choice(2 * len(rows), most, replace=False))
         plain, flipped = rows[chosen[chosen < len(rows)]], rows[chosen[chosen >= len(rows)] - len(rows)]
     images, labels = data.batch(np.concatenate([plain, flipped]))
-    _mirror(images[len(plain) :], data, flipped, config.recipe.seed)
+    images[len(plain) :] = data.mirror_images(flipped, config.recipe.seed)
     return dataclasses.replace(data, images=images, labels=labels, moments=None, flipped=None)
-
-
-def _mirror(images: NDArray[Any], data: ImageSet, rows: NDArray[np.int64], seed: int) -> None:
-    """Replace images, those at `rows` of the data, by their mirror images; latents by draws of the mirrored images' ones."""
-    if data.flipped is None:
-        images[:] = images[..., ::-1].copy()
-        return
-    rng = np.random.default_rng(seed)
-    for start in range(0, len(rows), _CHUNK):
-        part = rows[start : start + _CHUNK]
-        noise = rng.standard_normal((len(part), *data.shape), np.float32)
-        images[start : start + len(part)] = data.flipped.mean[part] + data.flipped.std[part] * noise

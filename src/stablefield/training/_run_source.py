@@ -49,7 +49,7 @@ class RunSource(SampleSource):
         config = sampler.config
         self.name, self.count, self.class_names = name, samples, config.class_names
         self.shape, self.floating, self.autoencoder = sampler.shape, sampler.floating, sampler.autoencoder
-        self.config = config
+        self.config, self.mirrored = config, config.recipe.mirror
         self._evaluations, self._drawn = 0.0, 0
         self._start(0)
 

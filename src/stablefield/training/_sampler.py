@@ -19,6 +19,7 @@ from stablefield._progress import Progress
 from stablefield._shapes import as_device, found_device, whole_number
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import class_text
+from stablefield.diffusion._process import Process
 from stablefield.sampling._guidance import autoguidance, classifier_free
 from stablefield.sampling._seeded_images import chunks_of, draw, in_turn, to_uint8
 from stablefield.sampling._solver_loop import Denoise
@@ -92,6 +93,19 @@ class SamplerOptions(SolverOptions):
                 f"guide_ema={self.guide_ema} does nothing without a guide: name its run, guide=RUN, or leave it out."
             )
 
+    def _check_interval(self, process: Process | None) -> None:
+        """Check that the guidance meets a noise level of the grid, or of an adaptive solver's range."""
+        if self.guidance_interval is None:
+            return
+        (low, high), sigmas = self.guidance_interval, self.sigmas(process)
+        first, last = float(sigmas[0]), float(sigmas[-2])
+        met = low < first and high >= last if self.steps_taken is None else ((sigmas > low) & (sigmas <= high)).any()
+        if not met:
+            raise ValueError(
+                f"guidance_interval={option_text(self.guidance_interval)} holds none of the grid's noise levels, {last:.3g} "
+                f"to {first:.3g}, so nothing is guided: pass noise levels among them, such as guidance_interval=0.19 1.61."
+            )
+
     def open(self, run: str | Path, device: torch.device | str = "cpu") -> "RunSampler":
         """Open a run's model, and the guide's.
 
@@ -106,6 +120,7 @@ class SamplerOptions(SolverOptions):
         device = torch.device(device)
         own = open_model(Path(run), self.ema, device, self.checkpoint)
         self.check_churn(own.config.recipe.process)
+        self._check_interval(own.config.recipe.process)
         guide = None if self.guide is None else open_model(self.guide, self.guide_ema, device)
         classes = own.config.classes
         numbers = self.class_numbers(own.config)
