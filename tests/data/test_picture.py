@@ -187,7 +187,7 @@ def test_the_summary_of_many_classes_or_none_stays_short():
 
 
 def test_a_sample_grid_shows_distinct_images_of_the_set_and_depends_on_the_seed():
-    digits = open_images("digits")
+    digits = make_image_set(open_images("digits").images, None, Origin(name="digits", source="without their labels"))
     grid = sample_grid(digits, 9, seed=1)
     scale = 16
     cells = [

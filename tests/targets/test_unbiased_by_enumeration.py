@@ -280,3 +280,48 @@ def test_masked_data_are_unbiased_given_the_mask_as_the_label_or_with_the_source
         worst = max(worst, float(gap.abs().max()))
     assert (worst < 1e-13) == (given != "nothing")
     assert given != "nothing" or worst > 0.1
+
+
+@pytest.mark.parametrize("given", ["labels", "source_only", "nothing"])
+def test_a_condition_of_each_row_is_exact_with_the_source_only_and_biased_with_nothing(given: str) -> None:
+    """The network sees the first number of each sample without noise, as in inpainting."""
+    data = torch.cartesian_prod(torch.tensor([-1.0, 1.0]), torch.tensor([-0.5, 0.2, 2.0])).double()
+    data[:3, 1] += 0.4  # the second number depends on the first
+    labels = (data[:, 0] > 0).long()
+    target = sf.StableTarget(
+        sf.EDM(), references=sf.Pool(data, labels=labels if given == "labels" else None), validate_args=False
+    )
+    x = torch.tensor([[0.3, 0.9]], dtype=torch.float64)
+    members = (labels == 1).nonzero()[:, 0]
+    density = torch.exp(-(x - data[members]).square().sum(1) / (2 * SIGMA**2))
+    truth = density @ data[members] / density.sum()
+    options = {
+        "labels": {"labels": labels[members]},
+        "source_only": {"source_only": torch.ones(3, dtype=torch.bool)},
+        "nothing": {},
+    }[given]
+    found = density @ target(data[members], x.repeat(3, 1), SIGMA, index=members, **options).x0 / density.sum()
+    assert (float((found - truth).abs().max()) < 1e-13) == (given != "nothing")
+    assert given != "nothing" or float((found - truth).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("loss", "kept"),
+    [
+        (lambda gap: gap.square(), True),
+        (lambda gap: 3 * gap.square(), True),
+        (lambda gap: gap.abs(), False),
+        (lambda gap: torch.nn.functional.huber_loss(gap, torch.zeros_like(gap), delta=0.1, reduction="none"), False),
+    ],
+    ids=["squared", "weighted", "absolute", "Huber"],
+)
+def test_squared_errors_alone_keep_their_optimum(loss, kept: bool) -> None:
+    """70 samples at -1 and 30 at 1 at a noise level where nothing can be told: the best constant by a fine grid."""
+    data = torch.cat([-torch.ones(70), torch.ones(30)]).double()[:, None]
+    generator = torch.Generator().manual_seed(0)
+    x_t = data + 1e4 * torch.randn(100, 1, generator=generator, dtype=torch.float64)
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(data))(data, x_t, 1e4, index=torch.arange(100)).x0
+    guesses = torch.linspace(-1.5, 1.5, 3001, dtype=torch.float64)
+    of_single, of_stable = (guesses[loss(guesses - target).mean(0).argmin()] for target in (data, stable))
+    assert float(of_stable) == pytest.approx(-0.4, abs=2e-3)
+    assert (abs(float(of_single - of_stable)) < 3e-3) == kept

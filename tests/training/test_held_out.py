@@ -32,7 +32,7 @@ TINY = Recipe(
     sample_every=0,
     checkpoint_every=25,
     keep_last=1,
-    log_every=5,
+    log_every=10,
 )
 
 
@@ -171,7 +171,7 @@ def test_a_run_that_was_stopped_has_the_looks_and_the_best_checkpoint_of_the_who
     )
     assert cut.step == 17
     cut.resume(device="cpu")
-    assert [line["step"] for line in measured(cut)] == [5, 10, 15, 17, 20, 25, 30, 35, 40]
+    assert [line["step"] for line in measured(cut)] == [10, 17, 20, 30, 40]
     assert looks(cut) == looks(whole)
     assert len(looks(whole)) == 4
     assert whole.best == cut.best == min(looks(whole), key=looks(whole).__getitem__)
@@ -257,6 +257,10 @@ def test_looks_cost_two_percent_unless_that_would_be_too_few_or_too_many() -> No
             assert held_out.cost(recipe) <= 0.02
             # By hand: rows of both sets at every look, against three evaluations of a batch in every step.
             assert held_out.cost(recipe) == pytest.approx(2 * 8 * 128 / (held_out.every * 3 * batch))
+    # At multiples of log_every, at least five if there are as many.
+    for steps, log_every, expected in ((600, 50, 100), (300, 50, 50), (60, 50, 50), (60, 20, 20), (24, 5, 5)):
+        recipe = dataclasses.replace(TINY, steps=steps, batch=128, log_every=log_every)
+        assert HeldOut.part(0.05, digits, recipe).every == expected
 
 
 def test_a_run_that_dies_between_a_look_and_its_checkpoint_ends_as_the_whole_run(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stablefield._memory import size_text
 from stablefield._shapes import check_kind, whole_number
 from stablefield.data._image_set import ImageSet, class_text
-from stablefield.data._png import as_pictures, tile
+from stablefield.data._png import as_pictures, class_grid
 from stablefield.data._scaling import chunks
 
 __all__ = ["classes_text", "sample_grid", "summary", "value_counts"]
@@ -112,9 +112,10 @@ def _image_rows(images: ImageSet) -> list[tuple[str, str]]:
 
 
 def sample_grid(images: ImageSet, count: int = 64, seed: int = 0, vae: str | Path = "") -> NDArray[np.uint8]:
-    """A picture of `count` images drawn without replacement (all, if there are fewer), in the order of the set.
+    """A picture of `count` images drawn without replacement (all, if there are fewer).
 
-    Latents of images are decoded.
+    Without labels they come in the order of the set. With labels each class has as many, as far as it has them, and its
+    name; of more than `count` classes some are drawn. Latents of images are decoded.
 
     Args:
         images: the set.
@@ -123,11 +124,12 @@ def sample_grid(images: ImageSet, count: int = 64, seed: int = 0, vae: str | Pat
         vae: the autoencoder's place, if it has moved.
 
     Returns:
-        The picture, shape (height, width, C), uint8 (see `tile`).
+        The picture, shape (height, width, C), uint8.
 
     Raises:
         ValueError: if `count` is below 1, the samples are no pictures, (1, H, W) or (3, H, W), or the autoencoder of latents
             is not there.
+        ImportError: if there are labels, and Pillow, which writes the names, is not installed.
     """
     check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
     whole_number("count", count)
@@ -135,13 +137,22 @@ def sample_grid(images: ImageSet, count: int = 64, seed: int = 0, vae: str | Pat
     check_kind("vae", vae, (str, Path), "the place of the autoencoder")
     if count < 1:
         raise ValueError(f"count={count}: a picture takes at least 1 image.")
-    drawn = np.random.default_rng(seed).choice(len(images), min(count, len(images)), replace=False)
-    drawn = np.sort(drawn)
-    if images.labels is not None:
-        drawn = drawn[np.argsort(images.labels[drawn], kind="stable")]
-    values, _ = images.batch(drawn)
+    values, labels = images.batch(_drawn(images.labels, len(images), count, seed))
     autoencoder = images.autoencoder
-    return tile(as_pictures(values) if autoencoder is None else autoencoder.open(vae).decode(values).numpy())
+    pictures = as_pictures(values) if autoencoder is None else autoencoder.open(vae).decode(values).numpy()
+    return class_grid(pictures, labels, images.class_names)
+
+
+def _drawn(labels: NDArray[np.int64] | None, n: int, count: int, seed: int) -> NDArray[np.int64]:
+    """Which of n images to show: at random, as many of each class as of any other, as far as it has them."""
+    order = np.random.default_rng(seed).permutation(n)
+    if labels is not None:
+        by_class = np.argsort(labels[order], kind="stable")
+        sizes = np.bincount(labels)
+        place = np.empty(n, np.int64)  # of each image among the drawn ones of its class
+        place[by_class] = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        order = order[np.argsort(place, kind="stable")]
+    return np.sort(order[:count])
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -118,7 +118,10 @@ class HeldOut:
         """With looks as often as is cheap in a run of this recipe: a multiple of its `log_every`."""
         cheap = self.evaluations / (COST * _TRAINED * recipe.batch)
         steps = min(max(cheap, recipe.steps / _MOST), recipe.steps / _FEWEST)
-        return dataclasses.replace(self, every=recipe.log_every * max(1, math.ceil(steps / recipe.log_every)))
+        parts = math.ceil(steps / recipe.log_every)
+        if recipe.log_every * parts * _FEWEST > recipe.steps:
+            parts = max(1, recipe.steps // (recipe.log_every * _FEWEST))
+        return dataclasses.replace(self, every=recipe.log_every * parts)
 
     @property
     def evaluations(self) -> int:
