@@ -32,6 +32,9 @@ class _Reading(DataFlags):
 class Pack(_Reading):
     """Write images, labels and a manifest as one file, which opens at once by memory mapping."""
 
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """Images: digits (built in), a folder or .zip of images, .npy, .npz, idx, parquet or CIFAR-10 files, a packed file,
+    hf:OWNER/NAME."""
     dest: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DEST")] = field(kw_only=True)
     """The file to write, such as images.safetensors."""
 
@@ -57,6 +60,9 @@ class Encode(DataFlags):
     A call that was stopped goes on where it was: repeat it.
     """
 
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """Images: digits (built in), a folder or .zip of images, .npy, .npz, idx, parquet or CIFAR-10 files, a packed file,
+    hf:OWNER/NAME."""
     dest: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DEST")] = field(kw_only=True)
     """The folder to write, new or of a call that was stopped."""
     vae: str = field(kw_only=True)

@@ -60,8 +60,8 @@ __all__ = ["DenoisingTarget", "StableTarget"]
 class StableTarget:
     """The posterior mean over references as a training target.
 
-    It has the optimum of the usual target in a squared error with a weight that depends on t alone. Other losses, such as the
-    absolute error or Huber's, have another optimum with it: keep the single sample there.
+    It has the optimum of the usual target in a squared error with a weight that depends on t alone. Other losses, such as
+    the absolute error or Huber's, have another optimum with it: keep the single sample there.
 
     Args:
         process: the process that makes x_t.
