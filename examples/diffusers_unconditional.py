@@ -34,7 +34,6 @@ def main(steps: int = 400, prediction_type: str = "epsilon", draw: int = 4) -> l
     )
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction_type)
     regression = sf.from_diffusers(noise_scheduler)  # +
-    stable = sf.StableTarget(regression.process, references=sf.Pool(images))  # +
     # - loader = DataLoader(TensorDataset(images), 64, shuffle=True, drop_last=True)
     loader = DataLoader(TensorDataset(images, torch.arange(len(images))), 64, shuffle=True, drop_last=True)  # +
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.95, 0.999))
@@ -42,6 +41,7 @@ def main(steps: int = 400, prediction_type: str = "epsilon", draw: int = 4) -> l
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True)
     accelerator = Accelerator()
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    stable = sf.StableTarget(regression.process, references=sf.Pool(images.to(accelerator.device)))  # +
     set_seed(0, device_specific=True)  # each process draws noise of its own
 
     losses: list[float] = []
