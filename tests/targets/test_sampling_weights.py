@@ -231,16 +231,127 @@ def test_the_test_of_draws_cannot_fire_by_chance(monkeypatch: pytest.MonkeyPatch
 
 def checks_of(n: int, batches: Iterator[Tensor], steps: int) -> int:
     """After which draw for each sample the counts were found uneven, 0 for never."""
+    return math.ceil(rows_until_uneven(n, batches, steps) / n)
+
+
+def rows_until_uneven(
+    n: int,
+    batches: Iterator[Tensor],
+    steps: int,
+    weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    dropped: float = 0.0,
+) -> int:
+    """After how many rows the draws were found uneven, 0 for never."""
     from stablefield.targets._draws import Frequencies
 
-    counts, drawn = Frequencies(torch.ones(n, dtype=torch.float64), None), 0
+    counts, drawn = Frequencies(torch.ones(n, dtype=torch.float64) if weights is None else weights, labels), 0
+    rng = torch.Generator().manual_seed(5)
     for _ in range(steps):
         index = next(batches)
         drawn += len(index)
-        check = counts.add(index, None, None)
+        labelled = None if labels is None else torch.rand(len(index), generator=rng) >= dropped
+        check = counts.add(index, labelled, None)
         if check is not None and not check.holds.all():
-            return math.ceil(drawn / n)
+            return drawn
     return 0
+
+
+MANY = 20_000
+SHARE = {share: torch.arange(MANY) >= (1 - share) * MANY for share in (0.02, 0.2)}
+
+
+def equally(rare: Tensor) -> Tensor:
+    """Weights of a sampler that draws the rare samples, bool (n,), as often as the others together."""
+    return torch.where(rare, 0.5 / rare.sum(), 0.5 / (~rare).sum()).double()
+
+
+def drawn_with(weights: Tensor, rng: torch.Generator, repeats: int = 1) -> Iterator[Tensor]:
+    while True:
+        yield torch.multinomial(weights, 64 // repeats, True, generator=rng).repeat_interleave(repeats)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize(("share", "latest"), [(0.02, 4096), (0.2, 16_384)])
+def test_a_preference_shows_long_before_all_samples_have_come(
+    share: float, latest: int, repeats: int, rng: torch.Generator
+) -> None:
+    weights = equally(SHARE[share])
+    assert 0 < rows_until_uneven(MANY, drawn_with(weights, rng, repeats), latest // 32) <= latest
+    assert rows_until_uneven(MANY, drawn_with(weights, rng, repeats), 1240, weights) == 0
+
+
+def test_a_preference_within_a_label_shows_early_and_one_between_labels_is_none(rng: torch.Generator) -> None:
+    labels = SHARE[0.02].long()
+    between, within = equally(SHARE[0.02]), torch.where(torch.arange(MANY) % 50 == 0, 50.0, 1.0)
+    assert rows_until_uneven(MANY, drawn_with(between, rng), 1240, None, labels) == 0
+    assert 0 < rows_until_uneven(MANY, drawn_with(within, rng), 64, None, labels) <= 4096
+    # A row whose label is dropped meets all samples.
+    assert 0 < rows_until_uneven(MANY, drawn_with(between, rng), 512, None, labels, dropped=0.1) <= 32_768
+
+
+def passes(count: int, rng: torch.Generator, repeats: int = 1, shuffled: bool = True) -> Iterator[Tensor]:
+    """Epochs over the first samples; a sample's repeats may lie across the end of a batch."""
+    while True:
+        order = torch.randperm(count, generator=rng) if shuffled else torch.arange(count)
+        yield from order.repeat_interleave(repeats).split(64)
+
+
+@pytest.mark.parametrize(
+    "loader", ["epochs", "in order", "repeats", "a rank's share", "one batch", "two batches", "accumulated"]
+)
+def test_draws_that_are_even_are_not_found_uneven_early(loader: str, rng: torch.Generator) -> None:
+    def accumulated() -> Iterator[Tensor]:
+        for index in passes(MANY, rng):
+            yield from (index,) * 4
+
+    batches = {
+        "epochs": passes(MANY, rng),
+        "in order": passes(MANY, rng, shuffled=False),
+        "repeats": passes(MANY, rng, repeats=3),
+        "a rank's share": passes(MANY // 8, rng),
+        "one batch": passes(64, rng),
+        "two batches": passes(128, rng, shuffled=False),
+        "accumulated": accumulated(),
+    }[loader]
+    assert rows_until_uneven(MANY, batches, 1240) == 0
+
+
+def test_coincidences_and_their_expectation_are_those_of_a_count_by_hand(rng: torch.Generator) -> None:
+    from stablefield.targets._draws import _Coincidences
+
+    n, weights = 13, torch.rand(13, generator=rng, dtype=torch.float64)
+    labels = torch.randint(3, (n,), generator=rng)
+    found, batches = _Coincidences(weights, labels), []
+    for _ in range(30):
+        place, labelled, counted = torch.randint(n, (7,), generator=rng), *(torch.rand(2, 7, generator=rng) < 0.7)
+        found.add(place + n * labelled.long(), counted)
+        batches.append({(int(k), bool(s)) for k, s, c in zip(place, labelled, counted, strict=True) if c})
+    truth = torch.zeros(3, 2, dtype=torch.float64)
+    for b, batch in enumerate(batches):
+        earlier = batches[: max(b - 1, 0)]
+        for sample, sees in batch:
+            group = [k for k in range(n) if not sees or labels[k] == labels[sample]]
+            times = torch.tensor([sum((k, sees) in one for one in earlier) for k in group]).double()
+            chance = weights[group] / weights[group].sum()
+            own = float(sum((sample, sees) in one for one in earlier))
+            truth[:, int(sees)] += torch.tensor([own, chance @ times, chance @ times.square()], dtype=torch.float64)
+    found.deviations()  # counts what is kept
+    torch.testing.assert_close(found._sums, truth, rtol=1e-12, atol=1e-12)
+
+
+def test_coincidences_cannot_be_too_many_by_chance(rng: torch.Generator) -> None:
+    """Of 600 runs with equal and with very unequal weights, known to the pool, none comes near the bound."""
+    from stablefield.targets._draws import _Coincidences
+
+    worst = []
+    for weights in (torch.ones(500), torch.ones(4000), torch.cat([torch.full((3,), 100.0), torch.ones(3000)])):
+        for _ in range(200):
+            found = _Coincidences(weights.double(), None)
+            for index in torch.multinomial(weights, 2048, True, generator=rng).split(32):
+                found.add(index, torch.ones(32, dtype=torch.bool))
+            worst.append(found.deviations().max())
+    assert torch.stack(worst).max() < 0.5
 
 
 @pytest.mark.parametrize("repeats", [2, 4, 16])
