@@ -25,7 +25,7 @@ from stablefield.targets._pool_arguments import (
     checked_weights,
 )
 from stablefield.targets._references import UNKNOWN_LABEL, Batch, Selection, Stored
-from stablefield.targets._subset import choose, drawn_seed, drawn_subset, others
+from stablefield.targets._subset import Spread, choose, drawn_seed, drawn_subset, others
 
 __all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool"]
 
@@ -75,7 +75,9 @@ class Pool:
             host's memory or a numpy array, such as a memory map of a file larger than memory, which are sent to the device
             of the batch chunk by chunk. Norms are computed once and kept: do not change an array in place afterwards
             (changes of a tensor are detected; by a compiled function, after an ordinary call).
-        size: number of references per batch; None for the whole array.
+        size: number of references per batch, its own rows among them; None for the whole array. Batches must be random
+            subsets of the data: those of one class or clip, or from sorted data by a small shuffle buffer, bias the target.
+            For such batches pass `weights`, which may all be 1, too.
         labels: condition of each sample, integers from 0, shape (n,), or None. A row with a label is multiplied with the
             samples of its label only; data sorted by label are then read without a copy. Give samples of unknown label a
             separate one (such as the largest plus 1), because the fact that it is missing is information.
@@ -154,6 +156,7 @@ class Pool:
         self._moved: dict[tuple[str, torch.device], tuple[int, Tensor]] = {}
         self._frequencies: Frequencies | None = None
         self._flips: Flips | None = None
+        self._spread: Spread | None = None
         self._moments: tuple[Moments, ...] = ()
         self._seed, self._draw = 0, 0
 
@@ -314,7 +317,8 @@ class Pool:
         counted = None if source_only is None else ~source_only
         frequent = self._frequencies.add(index, None if labels is None else labels >= 0, counted)
         even = self.flip_check(place, batch, ~exempt)
-        return [*checks, *(check for check in (frequent, even) if check is not None)]
+        spread = self._spread_check(place, labels, ~exempt)
+        return [*checks, *(check for check in (frequent, even, spread) if check is not None)]
 
     def flip_check(self, place: Tensor, batch: Batch, counted: Tensor) -> Check | None:
         """Count the flips of the rows with samples `place` (B,) that are `counted`, bool (B,), if the pool holds flips."""
@@ -324,6 +328,15 @@ class Pool:
             self._flips = Flips(len(self._matrix))
         flips = batch.mirrored if self.mirrored else batch.flipped
         return self._flips.add(place, flips, counted, self._own_flips)
+
+    def _spread_check(self, place: Tensor, labels: Tensor | None, counted: Tensor) -> Check | None:
+        """Count the samples `place` (B,) of the rows that are `counted`, bool (B,), if the batch chooses its references."""
+        n = len(self._matrix)
+        if self.size is None or self.size >= n or self.weights is not None:
+            return None
+        if self._spread is None:
+            self._spread = Spread(n, self.size, self.labels)
+        return self._spread.add(place, None if labels is None else labels >= 0, counted)
 
     def _own_flips(self, index: Tensor) -> Tensor:
         """Which samples at `index` (m,), on the host, are the same as their flips, bool (m,)."""
@@ -516,5 +529,6 @@ class Pool:
         part._matrix, part._elsewhere, part._moved = self._matrix.take(index), {}, {}
         part._flipped = None if self._flipped is None else self._flipped.take(index)
         part._moments, part._seed, part._draw = (), 0, 0
-        part._frequencies, part._flips, part._unchecked_labels = None, None, self._unchecked_labels
+        part._frequencies, part._flips, part._spread = None, None, None
+        part._unchecked_labels = self._unchecked_labels
         return part

@@ -170,7 +170,9 @@ class InBatch:
     """The batch itself: every row's clean sample is a reference for all rows.
 
     Each row's target varies less, but the rows of a batch then share all their references, and the variance of the batch's
-    gradient can rise: see "One row and a batch" in the theory. Prefer a `Pool` if you have the data.
+    gradient can rise: see "One row and a batch" in the theory. Prefer a `Pool` if you have the data. Batches must be random
+    subsets of the data: those of one class or clip, or from sorted data by a small shuffle buffer, bias the target, and
+    without an index nothing warns of it.
     """
 
     @property

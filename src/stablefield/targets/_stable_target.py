@@ -162,7 +162,7 @@ class StableTarget:
 
         Warns:
             UserWarning: once, if the rows so far were not drawn from a `Pool` as it assumes, or not flipped with probability
-                1/2 where it holds flipped samples.
+                1/2 where it holds flipped samples, or if the batches are no random subsets where a `size` needs them.
         """
         check_pair(x0, x_t, noise)
         t = row_values("t", t, x0)
