@@ -433,3 +433,26 @@ def test_the_same_batch_by_chance_is_no_repeat(rows: int, rng: torch.Generator) 
     for _ in range(4000):
         check = counts.add(torch.multinomial(weights, rows, replacement=True, generator=rng), None, None)
         assert check is None or check.holds.all()
+
+
+@pytest.mark.parametrize("name", ["weights", "labels"])
+def test_weights_and_labels_of_a_pool_cannot_be_set(name: str, rng: torch.Generator) -> None:
+    """What was set after a call was ignored; a new pool has the new prior."""
+    pool = sf.Pool(DATA, labels=LABELS, weights=WEIGHTS)
+    index = torch.arange(4)
+    new = {"weights": torch.tensor([9.0, 1.0, 1.0, 4.0]), "labels": torch.tensor([0, 1, 0, 1])}
+
+    def found(pool: sf.Pool, labels: Tensor) -> Tensor:
+        stable = sf.StableTarget(sf.EDM(), references=pool, validate_args=False)
+        return stable(DATA, X_T[:1].expand(4, 2), SIGMA, labels, index).x0
+
+    before = found(pool, LABELS)
+    with pytest.raises(AttributeError, match=rf"Pool\.{name} cannot be set.*Make a new Pool with {name}=\.\.\."):
+        setattr(pool, name, new[name])
+    torch.testing.assert_close(found(pool, LABELS), before, rtol=0, atol=0)
+    given = {"weights": WEIGHTS, "labels": LABELS, name: new[name]}
+    after = found(sf.Pool(DATA, **given), given["labels"])
+    for row in range(4):
+        members = given["labels"] == given["labels"][row]
+        right = truth(DATA[members], given["weights"].double()[members])[0]
+        torch.testing.assert_close(after[row], right, rtol=1e-7, atol=1e-7)

@@ -57,7 +57,7 @@ def result(kind, band=0.0, timeout=None):
     )
     if what == "unknown" and rank:
         # As on a GPU, whose labels nothing has waited for.
-        pool.pool.labels = pool.pool.labels.index_fill(0, torch.tensor([2]), -1)
+        pool.pool._labels = pool.pool.labels.index_fill(0, torch.tensor([2]), -1)
         pool.pool._unchecked_labels = True
     assert (pool.start, pool.total) == (mine.start, len(data))
     target = sf.StableTarget(process, references=pool, noise_band=band, chunk_size=17)

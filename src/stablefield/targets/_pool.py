@@ -4,7 +4,7 @@ The pool knows the prior: how likely each sample is to be drawn, and its label.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ __all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool"]
 OTHER_LABEL = "the Pool has another label for the row's own sample; pass the label of each row, or -1 for none"
 WITHOUT_WEIGHT = "its weight in the Pool is 0, so it cannot have been drawn; give the weights that your sampler uses"
 
+_READ_ONLY = (
+    "Pool.{name} cannot be set: the pool has checked them and has counted draws with them. Make a new Pool with {name}=..., "
+    "and a StableTarget with it."
+)
 
 # Samples that are compared with their flips at a time.
 _BLOCK = 1024
@@ -96,8 +100,9 @@ class Pool:
             target is unbiased over these draws, see "Latents" in the theory. `from_moments` makes such a pool; only that one
             can notice a row with a wrong index.
         weights: how likely each sample is to be drawn for a batch, shape (n,), on any scale, not negative; equally likely if
-            None. They are the prior of the posterior: pass the weights of your sampler. With `size`, the references are then
-            drawn uniformly from all samples, and each row's own sample is added only for that row.
+            None. They are the prior of the posterior: pass the weights of your sampler. They are copied: for others, such as
+            those of a new phase of training, make a new pool and a `StableTarget` with it. With `size`, the references are
+            then drawn uniformly from all samples, and each row's own sample is added only for that row.
         dtype: torch.bfloat16 for an array of uint16 that holds the bits of such numbers; NumPy has no bfloat16 of its own.
             Arrays of the package ml_dtypes need no dtype.
 
@@ -144,12 +149,12 @@ class Pool:
             )
         check_label_sizes(n, size, labels, {"label_size": label_size, "unlabelled_size": unlabelled_size})
         self.size = size
-        self.labels = labels
+        self._labels = labels
         self.mirrored = mirrored
         self.label_size = label_size
         self.unlabelled_size = unlabelled_size
         self.resampled = resampled
-        self.weights = None if weights is None else checked_weights(weights, n)
+        self._weights = None if weights is None else checked_weights(weights, n)
         self._matrix = ReferenceMatrix(data)
         self._flipped = None if flipped is None else ReferenceMatrix(flipped)
         self._elsewhere: dict[tuple[int, torch.device], tuple[int, ReferenceMatrix]] = {}
@@ -266,6 +271,24 @@ class Pool:
     def flipped(self) -> Tensor | NDArray[Any] | None:
         """The flipped samples, shape (n, ...), or None."""
         return None if self._flipped is None else self._flipped.data
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The condition of each sample, shape (n,), or None. Read-only: other labels need a new pool."""
+        return self._labels
+
+    @labels.setter
+    def labels(self, _: Any) -> NoReturn:
+        raise AttributeError(_READ_ONLY.format(name="labels"))
+
+    @property
+    def weights(self) -> Tensor | None:
+        """A copy of the given weights, the largest 1, shape (n,), or None. Read-only: other weights need a new pool."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, _: Any) -> NoReturn:
+        raise AttributeError(_READ_ONLY.format(name="weights"))
 
     def matrix(self, device: torch.device) -> ReferenceMatrix:
         """The samples as a matrix for batches on `device`.
@@ -523,8 +546,8 @@ class Pool:
         """A pool of all the samples at `index`, integers (m,), with their norms if known."""
         part = Pool.__new__(Pool)
         part.size, part.mirrored = None, self.mirrored
-        part.labels = None if self.labels is None else self.labels[index]
-        part.weights = None if self.weights is None else self.weights[index]
+        part._labels = None if self.labels is None else self.labels[index]
+        part._weights = None if self.weights is None else self.weights[index]
         part.label_size, part.unlabelled_size, part.resampled = None, None, self.resampled
         part._matrix, part._elsewhere, part._moved = self._matrix.take(index), {}, {}
         part._flipped = None if self._flipped is None else self._flipped.take(index)

@@ -123,7 +123,7 @@ class ShardedPool:
         self.start = sum(counts[: self._ranks.rank])
         self._least_prior = 0.0
         if given is not None:
-            self.pool.weights, self._least_prior = self._on_one_scale(given, device)
+            self.pool._weights, self._least_prior = self._on_one_scale(given, device)
         known = torch.ones(len(data)) if self.pool.weights is None else self.pool.weights
         self._shares = Shares.gathered(self._ranks, labels, known, device)
         self._exchanges: dict[torch.device, _Exchange] = {}
