@@ -207,6 +207,31 @@ def test_offset_noise_at_its_usual_strength_is_refused(given: bool, rng: torch.G
         call(process, x0, process.perturb(x0, t, noise), t, noise if given else None)
 
 
+LAYOUTS = {"frames first": (8, 3, 8, 8), "channels first": (3, 8, 8, 8), "tokens": (32, 24), "images": (3, 16, 16)}
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["noise", "no noise"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_noise_that_frames_or_tokens_share_is_refused_in_every_layout(
+    layout: str, given: bool, rng: torch.Generator
+) -> None:
+    process, shape = sf.EDM(), LAYOUTS[layout]
+    x0 = torch.randn(16, *shape, generator=rng)
+    axis = 2 if layout == "channels first" else 1
+    own, shared = torch.randn(x0.shape, generator=rng), torch.randn(x0.shape, generator=rng).narrow(axis, 0, 1)
+    call(process, x0, process.perturb(x0, 1.0, own), torch.ones(16), own if given else None)
+    mixed = (own + shared) / 2**0.5  # of variance 1
+    with pytest.raises(ValueError, match="is not white"):
+        call(process, x0, process.perturb(x0, 1.0, mixed), torch.ones(16), mixed if given else None)
+
+
+def test_means_over_the_first_axis_are_chi_square(rng: torch.Generator) -> None:
+    """Of 2,000 batches of white noise none comes near the bound, whatever the number of means and of rows."""
+    for shape in ((2, 7, 1), (1, 2, 3), (3, 40, 2), (16, 2, 300)):
+        for _ in range(500):
+            assert holds(sf.GaussianKernel(), torch.randn(shape, generator=rng))
+
+
 def test_the_target_before_the_offset_is_unbiased_for_the_one_after_it() -> None:
     """What the docs advise, by quadrature: E[x0 | x_t with offset] is the mean of the targets of x_t without it."""
     atoms, sigma, offset = torch.tensor([-1.0, 0.5], dtype=torch.float64), 0.8, 0.6

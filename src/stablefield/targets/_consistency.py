@@ -8,6 +8,8 @@ and no loss curve shows it. Four properties of a batch hold whatever the data:
 - $|x_t - \alpha x_0|^2 / \sigma^2$ is chi-square with d degrees of freedom in every row (for Student's t with D degrees of
   freedom, d times an F variable), so its sum over the batch has a known spread.
 - For images, so is the square of the noise's mean over each channel, times the number of pixels. This detects offset noise.
+  The same holds for the mean over the first axis of a row with several. It detects noise that frames (T, C, H, W) or tokens
+  (T, D) share.
 - The direction of the noise is uniform and independent of the data, so $\sqrt{d}$ times the cosine between the noise and
   the row's own deviation from the batch's mean has mean 0 and variance 1. Noise that was assigned to the data, as by optimal
   transport, is closer to them. This is summed over calls, because one small batch may not show it.
@@ -20,7 +22,9 @@ References:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,6 +98,7 @@ class Measured:
         drawn: norm of the given noise, or of the residual.
         left: norm of x_t - alpha x0 - sigma noise; 0 without given noise.
         channels: sum of the squared means of the residual over each channel; 0 if not informative.
+        shared: sum of the squared means of the residual over the first axis of a row; 0 if it has one axis.
         own: norm of the row's deviation from the batch's mean.
         along: inner product of this deviation with the noise.
     """
@@ -104,6 +109,7 @@ class Measured:
     drawn: Tensor
     left: Tensor
     channels: Tensor
+    shared: Tensor
     own: Tensor
     along: Tensor
 
@@ -138,16 +144,18 @@ class Measured:
             own = whole[some] - middle
             part = residual if drawn is None else drawn[some]
             zero = torch.zeros_like(alpha[some, 0])
-            means = zero
+            means = shared = zero
             if pixels >= _PIXELS:
                 means = residual.view(len(residual), -1, pixels).mean(2).square_().sum(1)
+            if x0.ndim > 2:
+                shared = residual.view(len(residual), x0.shape[1], -1).mean(1).square_().sum(1)
             norms = [torch.linalg.vector_norm(rows, dim=1) for rows in (a, x, residual, own)]
             size, left = norms[2], zero
             if drawn is not None:
                 size = torch.linalg.vector_norm(part, dim=1)
                 left = torch.addcmul(residual, sigma[some], part, value=-1).norm(dim=1)
             along = own.mul_(part).sum(1)  # torch's vecdot takes ten times as long
-            found.append(torch.stack([*norms[:3], size, left, means, norms[3], along]))
+            found.append(torch.stack([*norms[:3], size, left, means, shared, norms[3], along]))
         return cls(*(found[0] if len(found) == 1 else torch.cat(found, 1)).unbind(0))
 
 
@@ -210,13 +218,17 @@ def consistency_checks(
     if law is not None:
         deviation, mean = law
         checks.append(Check(~(deviation > 1).reshape(1), lambda _: _law_message(process, t, float(mean))))
-    pixels = x0[0, 0].numel() if x0.ndim > 2 else 0
-    if pixels >= _PIXELS and isinstance(kernel, GaussianKernel):
-        means = torch.where(usable, found.channels * scale.square(), 0) * pixels
-        of_channels = _law(kernel, means, usable, x0.shape[1], repeats)
-        assert of_channels is not None
-        deviation, mean_square = of_channels
-        checks.append(Check(~(deviation > 1).reshape(1), lambda _: _offset_message(float(mean_square))))
+    if x0.ndim > 2 and isinstance(kernel, GaussianKernel):
+        # The sum of the squared means, how many numbers each is over, and what a failure means.
+        parts = [(found.channels, x0[0, 0].numel(), _offset_message)] if x0[0, 0].numel() >= _PIXELS else []
+        parts += [(found.shared, x0.shape[1], _shared_message)] if x0.shape[1] > 1 else []
+        for squares, count, message in parts:
+            means = torch.where(usable, squares * scale.square(), 0) * count
+            of_means = _law(kernel, means, usable, d // count, repeats)
+            assert of_means is not None
+            deviation, mean_square = of_means
+            say = partial(_ratio_message, message, mean_square)
+            checks.append(Check(~(deviation > 1).reshape(1), say))
     norms = found.own * found.drawn
     comparable = usable & (norms > 0) & norms.isfinite()
     comparable = comparable if source_only is None else comparable & ~source_only
@@ -311,6 +323,18 @@ def _offset_message(ratio: float) -> str:
         "offset noise. Call the target with the x_t before the offset, and compute the regression target from its x0. "
         f"{_CHOSEN}"
     )
+
+
+def _shared_message(ratio: float) -> str:
+    return (
+        f"the noise in x_t is not white: its means over the first axis of the rows have {ratio:.3g} times the expected "
+        "variance, as with noise that video frames, tokens or channels share. Draw independent noise for each, or keep your "
+        f"single-sample target. {_CHOSEN}"
+    )
+
+
+def _ratio_message(message: Callable[[float], str], ratio: Tensor, _: int) -> str:
+    return message(float(ratio))
 
 
 def _pairing_message(spreads: float) -> str:
