@@ -102,6 +102,32 @@ def test_a_pool_that_was_changed_in_place_is_read_anew(rng: torch.Generator) -> 
     torch.testing.assert_close(found.x0.double(), truth.mean, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["operation", "view", "detached", ".data", "NumPy", "inference mode"])
+def test_which_changes_of_its_data_a_pool_notices(way: str, rng: torch.Generator) -> None:
+    """As its docstring says: those of torch's operations on a tensor with a version; a new pool sees every change."""
+    data = torch.randn(30, 6, generator=rng)
+    with torch.inference_mode(way == "inference mode"):
+        data = data.clone()
+    pool, index = sf.Pool(data), torch.arange(10)
+    x0 = data[index].clone()
+    x_t = EDM.perturb(x0, 1.0, generator=rng)
+
+    def found(pool: sf.Pool) -> torch.Tensor:
+        return sf.StableTarget(EDM, references=pool)(x0, x_t, 1.0, index=index).x0.double()
+
+    found(pool)
+    with torch.inference_mode(way == "inference mode"):
+        rest = {"view": data[10:], "detached": data.detach()[10:], ".data": data.data[10:]}.get(way, data[10:])
+        if way == "NumPy":
+            data.numpy()[10:] *= 3
+        else:
+            rest.mul_(3)
+    truth = sf.posterior(x_t.double(), 1.0, 1.0, data.double(), index).mean
+    torch.testing.assert_close(found(sf.Pool(data)), truth, rtol=1e-5, atol=1e-5)
+    noticed = bool(((found(pool) - truth).abs() < 1e-4).all())
+    assert noticed == (way in ("operation", "view", "detached"))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_pool_in_half_precision_does_not_favour_the_source(compiled: bool, rng: torch.Generator) -> None:
     """Near-duplicates as far apart as the rounding: the weights are those of rounded samples under the same noise."""

@@ -77,8 +77,10 @@ class Pool:
         data: the clean samples, shape (n, ...), floating point (also float16 and bfloat16, which are kept as they are), or
             uint8 images that mean data / 127.5 - 1. A tensor on the device of the training batches; or a tensor in the
             host's memory or a numpy array, such as a memory map of a file larger than memory, which are sent to the device
-            of the batch chunk by chunk. Norms are computed once and kept: do not change an array in place afterwards
-            (changes of a tensor are detected; by a compiled function, after an ordinary call).
+            of the batch chunk by chunk. Norms are computed once and kept, so make a new pool if you change the data. Only
+            changes of a tensor by torch's operations are noticed (by a compiled function, after an ordinary call): not those
+            of an array, nor through `.data` or a NumPy array that shares the memory, nor of a tensor made under
+            `torch.inference_mode`, which has no count of its changes.
         size: number of references per batch, its own rows among them; None for the whole array. Batches must be random
             subsets of the data: those of one class or clip, or from sorted data by a small shuffle buffer, bias the target.
             For such batches pass `weights`, which may all be 1, too.
