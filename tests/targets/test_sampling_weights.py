@@ -456,3 +456,29 @@ def test_weights_and_labels_of_a_pool_cannot_be_set(name: str, rng: torch.Genera
         members = given["labels"] == given["labels"][row]
         right = truth(DATA[members], given["weights"].double()[members])[0]
         torch.testing.assert_close(after[row], right, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("caller", ["target", "without gradients", "a module", "objective"])
+def test_a_warning_names_the_line_that_called(caller: str, rng: torch.Generator) -> None:
+    data = torch.randn(MANY, 2, generator=rng)
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(data))
+    objective = sf.Objective(sf.EDM(), target=stable)
+
+    class Module(torch.nn.Module):
+        def forward(self, index: Tensor, x_t: Tensor) -> sf.Target:
+            return stable(data[index], x_t, 1.0, None, index)
+
+    module = Module()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for index in torch.multinomial(equally(SHARE[0.02]), 4096, True, generator=rng).split(256):
+            x_t = sf.EDM().perturb(data[index], 1.0, generator=rng)
+            if caller == "objective":
+                objective(lambda x, _: x, data[index], index=index, generator=rng)
+            elif caller == "without gradients":
+                torch.no_grad()(stable)(data[index], x_t, 1.0, None, index)
+            else:
+                (module(index, x_t) if caller == "a module" else stable(data[index], x_t, 1.0, None, index))
+    assert len(seen) == 1
+    assert "two batches had a sample in common" in str(seen[0].message)
+    assert seen[0].filename == __file__

@@ -109,6 +109,8 @@ def warned(kind):
             x0 = x0 if flip is None else torch.where(flip.view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
             t = torch.rand(160, generator=rng) + 0.2  # some of them below the band
             target(x0, sf.EDM().perturb(x0, t, generator=rng), t, seen, index, flip=flip)
+    here = warned.__code__.co_filename
+    assert [warning.filename for warning in caught] == [here] * len(caught), caught
     return [str(warning.message) for warning in caught]
 
 try:
