@@ -207,6 +207,19 @@ def test_offset_noise_at_its_usual_strength_is_refused(given: bool, rng: torch.G
         call(process, x0, process.perturb(x0, t, noise), t, noise if given else None)
 
 
+@pytest.mark.parametrize("off", [-1, 1])
+def test_steps_that_are_off_by_one_are_refused_if_the_noise_is_given(off: int, rng: torch.Generator) -> None:
+    process = sf.Discrete(TABLE)
+    for _ in range(20):
+        x0, noise = (torch.randn(32, *SHAPE, generator=rng) for _ in range(2))
+        t = torch.randint(1, len(TABLE) - 1, (32,), generator=rng)
+        alpha, sigma = (scale[:, None, None, None] for scale in (TABLE[t].sqrt(), (1 - TABLE[t]).sqrt()))
+        x_t = alpha * x0 + sigma * noise
+        call(process, x0, x_t, t, noise)
+        with pytest.raises(ValueError, match=r"x_t\[\d+\] is not alpha x0 \+ sigma noise"):
+            call(process, x0, x_t, t + off, noise)
+
+
 LAYOUTS = {"frames first": (8, 3, 8, 8), "channels first": (3, 8, 8, 8), "tokens": (32, 24), "images": (3, 16, 16)}
 
 

@@ -16,6 +16,10 @@ class Discrete(Process):
     alpha = sqrt(alphas_cumprod[t]), sigma = sqrt(1 - alphas_cumprod[t]), computed in the dtype of the table, at least
     float32: for the table of a diffusers scheduler, bit for bit equal to its `add_noise`.
 
+    Step 0 is the first entry of the table, the one with the least noise, not data without noise. For a loop that counts its
+    steps from 1 pass t - 1; if its table begins with a 1 for clean data, leave that out, too. A `StableTarget` finds a table
+    that is off by one if the call passes `noise=`; without it, neighbouring steps are too much alike.
+
     Args:
         alphas_cumprod: shape (T,), strictly decreasing, between 0 and 1; diffusers' `scheduler.alphas_cumprod`. The last
             entry may be 0, without any signal (zero terminal SNR).
