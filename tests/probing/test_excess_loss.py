@@ -708,3 +708,30 @@ def test_the_population_may_be_an_array_and_the_denoiser_that_of_another_process
         "prediction": "denoiser",
     }
     assert Prediction(sf.EDM(), "x0").weighting() == OutputWeighting(sf.EDM(), "x0")
+
+
+@pytest.mark.parametrize("training", ["flips", "unequal draws"])
+def test_what_training_makes_of_the_data_is_passed_as_data(training):
+    """The optimum by hand of random flips, or of draws 1 to 4 times as often, is at distance 0 only with what is passed."""
+    data = torch.randn(6, 1, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    times = torch.tensor([1, 4, 2, 1, 3, 1])
+    if training == "flips":
+        passed = torch.cat([data, data.flip(-1)])
+        points, prior = passed, torch.full((12,), 1 / 12, dtype=torch.float64)
+    else:
+        passed = data.repeat_interleave(times, 0)
+        points, prior = data, times / times.sum()
+
+    def optimum(x, sigma):
+        square = (x[:, None] - points).flatten(2).square().sum(2)
+        near = (prior.log() - square / (2 * sigma.reshape(-1, 1) ** 2)).softmax(1).to(points)
+        return (near @ points.flatten(1)).reshape(x.shape)
+
+    right, wrong = (sf.ExcessLoss(of, rows=48, levels=4, device="cpu")(optimum) for of in (passed, data))
+    assert right.total("distance").value < 1e-12
+    assert wrong.total("distance").value > 0.01
+    # At high noise the floor is the variance of the prior.
+    middle = (prior[:, None] * points.flatten(1)).sum(0)
+    spread = float((prior[:, None] * (points.flatten(1) - middle) ** 2).sum())
+    floor = sf.ExcessLoss(passed, rows=48, levels=4, noise_levels=sf.LogUniform(1.0, 80.0), device="cpu").floor
+    assert float(floor.variance[-1]) == pytest.approx(spread, rel=0.02)

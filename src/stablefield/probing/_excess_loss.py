@@ -76,6 +76,12 @@ class ExcessLoss:
     With `labels` the network sees the class of every row that `excess(model)` measures. It never measures a row whose label
     is dropped for guidance; `excess.of(row_loss, noise_level, labels)` takes such rows, with a floor of their own.
 
+    The optimum is that of training which draws every sample of `data` equally often and as it is. If training flips samples
+    at random and the network does not see the flip, pass both, `torch.cat([images, images.flip(-1)])`, and labels twice. If
+    it draws samples unequally often, pass each as often as it comes, `images.repeat_interleave(times, 0)` with whole numbers
+    `times` (n,), and its labels likewise; otherwise all numbers are those of equal draws. Other random augmentation has no
+    exact optimum here. The same holds for `held_out`.
+
     The posterior costs a pass over the population for every row, once, here; a call costs the network on `levels` x `rows`
     rows, twice that with `held_out`. It keeps levels x rows noisy samples, with their sources and means, on the device.
 
