@@ -238,6 +238,24 @@ def test_noise_that_frames_or_tokens_share_is_refused_in_every_layout(
         call(process, x0, process.perturb(x0, 1.0, mixed), torch.ones(16), mixed if given else None)
 
 
+def test_noise_without_a_mean_over_the_atoms_of_a_molecule_is_accepted_and_its_target_exact(
+    rng: torch.Generator,
+) -> None:
+    """Data and noise lie in the subspace of zero centres, where the noise is white."""
+    atoms = torch.randn(64, 18, 3, generator=rng, dtype=torch.float64)
+    noise = torch.randn(64, 18, 3, generator=rng, dtype=torch.float64)
+    atoms, noise = (x - x.mean(1, keepdim=True) for x in (atoms, noise))
+    process, sigma = sf.EDM(), 3.0
+    target = sf.StableTarget(process, references=sf.Pool(atoms))
+    x_t = process.perturb(atoms, sigma, noise)
+    found = target(atoms, x_t, sigma, index=torch.arange(64), noise=noise).x0
+    # In coordinates of the subspace, 17 x 3 of them.
+    basis = torch.linalg.qr(torch.eye(18, dtype=torch.float64) - 1 / 18).Q[:, :17]
+    inner, noisy = (torch.einsum("bni,nk->bki", x, basis).flatten(1) for x in (atoms, x_t))
+    weights = (-torch.cdist(noisy, inner).square() / (2 * sigma**2)).softmax(1)
+    torch.testing.assert_close(found, (weights @ atoms.flatten(1)).reshape(atoms.shape), rtol=0, atol=1e-5)
+
+
 def test_means_over_the_first_axis_are_chi_square(rng: torch.Generator) -> None:
     """Of 2,000 batches of white noise none comes near the bound, whatever the number of means and of rows."""
     for shape in ((2, 7, 1), (1, 2, 3), (3, 40, 2), (16, 2, 300)):

@@ -3,8 +3,8 @@
 Conditions on values are collected and read together, because each read on a GPU makes the host wait.
 """
 
+import inspect
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def require(*checks: Check) -> None:
 
 def _users_level() -> int:
     """The level of the first frame outside this package and torch, counted from the caller: the user's own line."""
-    frame, level = sys._getframe(1), 1
+    frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     return level

@@ -121,10 +121,8 @@ class ShardedPool:
             )
         self.unlabelled_size = unlabelled_size
         self.start = sum(counts[: self._ranks.rank])
-        self._least_prior = 0.0
-        if given is not None:
-            self.pool._weights, self._least_prior = self._on_one_scale(given, device)
-        known = torch.ones(len(data)) if self.pool.weights is None else self.pool.weights
+        self._weights, self._least_prior = (None, 0.0) if given is None else self._on_one_scale(given, device)
+        known = torch.ones(len(data)) if self._weights is None else self._weights
         self._shares = Shares.gathered(self._ranks, labels, known, device)
         self._exchanges: dict[torch.device, _Exchange] = {}
         self._counts = False
@@ -200,7 +198,7 @@ class ShardedPool:
     def _exchange(self, device: torch.device) -> "_Exchange":
         """The exchange for batches on `device`; made once, so that a step moves no data."""
         if device not in self._exchanges:
-            labels, weights = self.pool.labels, self.pool.weights
+            labels, weights = self.pool.labels, self._weights
             labels = None if labels is None else labels.to(device, torch.long)
             if labels is not None:
                 self.pool.matrix(device).by_label(labels)
