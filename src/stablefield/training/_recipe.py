@@ -4,14 +4,12 @@ Its attribute docstrings are the help texts of the command's flags. `_recipes` h
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self, TypeAlias
+from dataclasses import dataclass, field
+from typing import Literal, Self, TypeAlias
 
 import torch
 from torch import nn
 
-from stablefield._shapes import flag, number, whole_number
 from stablefield.data._augmentation import LABEL_WIDTH
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion._objective import check_draws
@@ -22,6 +20,7 @@ from stablefield.networks._diffusers_unet import DiffusersUNet
 from stablefield.networks._mlp import MLP
 from stablefield.networks._sit import SIT_SIZES, SiT
 from stablefield.networks._song_unet import SongUNet
+from stablefield.training._records import settle
 
 __all__ = ["DiffusersUNetConfig", "MLPConfig", "Recipe", "SiTConfig", "SongUNetConfig"]
 
@@ -33,8 +32,7 @@ _MOST_LEVELS = 12
 # Parts of `sample_every` after which early sample grids are drawn, and the first step with one.
 _EARLY, _EARLIEST = (16, 4, 2, 8), 10
 
-# How a field of `Recipe` is checked: by its type. A number is not negative, unless its name asks for more here.
-_CHECKS: dict[object, Callable[[str, Any], object]] = {bool: flag, int: whole_number, float: number}
+# A number of `Recipe` is not negative, unless its name asks for more here.
 _POSITIVE = frozenset(
     (
         "steps",
@@ -64,6 +62,7 @@ class MLPConfig:
     """Share of hidden values dropped in training."""
 
     def __post_init__(self) -> None:
+        settle(self, "network.")
         _require_at_most("depth", self.depth, _MOST_BLOCKS)
 
     def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
@@ -93,6 +92,7 @@ class SongUNetConfig:
     """Share of values dropped within a block in training."""
 
     def __post_init__(self) -> None:
+        settle(self, "network.")
         _require_at_most("blocks", self.blocks, _MOST_BLOCKS)
         _require_at_most("multipliers", len(self.multipliers), _MOST_LEVELS, "levels")
 
@@ -137,6 +137,7 @@ class DiffusersUNetConfig:
     """Share of values dropped within a block in training."""
 
     def __post_init__(self) -> None:
+        settle(self, "network.")
         _require_at_most("blocks", self.blocks, _MOST_BLOCKS)
         _require_at_most("widths", len(self.widths), _MOST_LEVELS, "levels")
 
@@ -190,6 +191,7 @@ class SiTConfig:
     """Compute the blocks again in the backward pass, to save memory."""
 
     def __post_init__(self) -> None:
+        settle(self, "network.")
         _require_at_most("depth", self.depth, _MOST_BLOCKS)
 
     @classmethod
@@ -324,11 +326,12 @@ class Recipe:
     """Scalings around the network."""
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            name, value, check = entry.name, getattr(self, entry.name), _CHECKS.get(entry.type)
-            if check is None:
+        settle(self)
+        if isinstance(self.references, int) and self.references < 1:
+            raise ValueError(f"references is {self.references}: it must be at least 1, or all, or auto.")
+        for name, value in vars(self).items():
+            if not isinstance(value, int | float):
                 continue
-            check(name, value)
             if name in _POSITIVE and not value > 0:
                 raise ValueError(f"{name} is {value}: it must be positive.")
             if name in _SHARES and not 0 <= value <= 1:
@@ -341,14 +344,6 @@ class Recipe:
                 f"{-(-self.batch // self.draws_per_image) * self.draws_per_image}."
             )
         check_draws(self.draws_per_image, self.antithetic)
-        if not isinstance(self.noise_band, str):
-            number("noise_band", self.noise_band)
-        elif self.noise_band != "auto":
-            raise ValueError(f"noise_band is {self.noise_band!r}: pass a noise level, or auto.")
-        if self.noise_band != "auto" and not self.noise_band >= 0:
-            raise ValueError(f"noise_band is {self.noise_band}: it must not be negative, or auto.")
-        if isinstance(self.references, int) and self.references < 1:
-            raise ValueError(f"references is {self.references}: it must be at least 1, or all, or auto.")
         if self.fsdp and self.exact:
             raise ValueError(
                 "fsdp=True and exact=True: FSDP2 sums gradients in its own order; leave one of the two out."

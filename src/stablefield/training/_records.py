@@ -1,4 +1,4 @@
-"""Records: the JSON data of a run, each with its own checksum, read as untrusted input.
+"""Records: the JSON data of a run, each with its own checksum, read as untrusted input; and what may become such data.
 
 A record is a JSON object. Its entry "checksum" covers the other entries, not their layout: reindenting a record keeps it
 valid, a flipped bit does not.
@@ -7,15 +7,21 @@ valid, a flipped bit does not.
 import hashlib
 import json
 import math
+import operator
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from stablefield._atomic_file import write_atomically
 from stablefield._regular_file import JSON_LIMIT, open_regular, read_limited
+from stablefield._shapes import check_kind, flag, number, whole_number
 
 __all__ = [
     "append_line",
@@ -26,6 +32,7 @@ __all__ = [
     "read_lines",
     "read_record",
     "seal",
+    "settle",
     "unseal",
     "write_lines",
     "write_record",
@@ -36,6 +43,8 @@ Made = TypeVar("Made")
 _LONGEST_LINE = 2**20
 _DEEPEST = 32
 _CHECKSUM = "checksum"
+# Each returns the argument as a plain Python value.
+_CHECKS: dict[object, Callable[[str, Any], object]] = {bool: flag, int: whole_number, float: number}
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,6 +225,73 @@ def has_type(value: Any, kind: Any) -> bool:
     if isinstance(value, int) and kind in (int, float):
         return not isinstance(value, bool) and abs(value) < 2**63
     return isinstance(value, kind)
+
+
+def settle(config: Any, prefix: str = "") -> None:
+    """Check each field of a frozen dataclass against its type, and make plain Python of NumPy's numbers and of lists.
+
+    So what the dataclass holds can be written as JSON, and read again.
+
+    Args:
+        config: a dataclass whose fields are such as `has_type` knows, or such dataclasses.
+        prefix: of the fields' names in errors.
+
+    Raises:
+        TypeError: naming the field, its value and what it takes, if its value has another type.
+        ValueError: if it is none of the field's choices, or not whole.
+    """
+    for name, value in _settled(config, prefix).items():
+        object.__setattr__(config, name, value)
+
+
+def _settled(config: Any, prefix: str) -> dict[str, Any]:
+    """The fields whose plain values are other objects."""
+    hints = get_type_hints(type(config))
+    given = {entry.name: getattr(config, entry.name) for entry in fields(config)}
+    found = {name: _plain(prefix + name, value, hints[name]) for name, value in given.items()}
+    return {name: value for name, value in found.items() if value is not given[name]}
+
+
+def _plain(name: str, value: Any, kind: Any) -> Any:
+    """A plain Python value of a type, equal to the given one, or the given one itself."""
+    alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    choices = [choice for each in alternatives if get_origin(each) is Literal for choice in get_args(each)]
+    kinds = [each for each in alternatives if get_origin(each) is not Literal and each is not NoneType]
+    if (value is None and NoneType in alternatives) or any(
+        type(value) is type(one) and value == one for one in choices
+    ):
+        return value
+    if choices and (isinstance(value, str) or not kinds):
+        check_kind(name, value, str, _either(choices))
+        if value in choices:
+            return str(value)  # NumPy has strings of its own
+        near = get_close_matches(value.lower(), choices, 1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        others = ["a whole number" if each is int else "a number" for each in kinds]
+        raise ValueError(f"{name} is {value!r:.60}: pass {_either([*others, *choices])}.{meant}")
+    if kinds[0] in _CHECKS:
+        if kinds[0] is float and type(value) is int and has_type(value, float):
+            return value  # a whole number stays one in the file
+        try:
+            return _CHECKS[kinds[0]](name, value)
+        except (TypeError, ValueError) as error:
+            if not choices:
+                raise
+            raise type(error)(f"{str(error).rstrip('.')}, or {_either(choices)}.") from None
+    if get_origin(kinds[0]) is tuple:
+        listed = value.tolist() if isinstance(value, np.ndarray) else value
+        check_kind(name, listed, (tuple, list), "a tuple, or None" if NoneType in alternatives else "a tuple")
+        found = tuple(_plain(f"{name}[{k}]", one, get_args(kinds[0])[0]) for k, one in enumerate(listed))
+        return value if isinstance(value, tuple) and all(map(operator.is_, found, value)) else found
+    # A file of a dataclass's own subclass could not be read again.
+    exact = tuple(each for each in kinds if each is type(value) or not is_dataclass(each))
+    check_kind(name, value, exact, _either([f"{each.__name__}(...)" for each in kinds]))
+    changed = _settled(value, f"{name}.") if is_dataclass(value) else {}
+    return replace(value, **changed) if changed else value
+
+
+def _either(choices: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
 
 
 def is_count(value: object) -> TypeGuard[int]:
