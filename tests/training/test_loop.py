@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import stablefield
 from pictures import whole_pictures
 from stablefield._distributed import RankError, Ranks
 from stablefield.data._digits import open_digits
+from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._accelerator import make_accelerator
 from stablefield.training._loop import TrainingError, fit
 from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
@@ -140,6 +142,77 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_earlier_checkpoints(tmp
     newest = run.newest()
     assert newest is not None
     assert all(value.isfinite().all() for value in load_file(newest[0] / "model.safetensors").values())
+
+
+class Sums:
+    """An observer that fails at its second measurement."""
+
+    every = 8
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
+        if step > 8:
+            raise self.error
+        return {"weights": sum(float(value.sum()) for value in denoiser.parameters())}
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, OverflowError, FileNotFoundError, OSError])
+@pytest.mark.parametrize("place", ["observer", "progress", "stop"])
+def test_errors_of_callbacks_are_raised_as_they_are_and_the_run_can_go_on(
+    tmp_path: Path, kind: type[Exception], place: str
+) -> None:
+    error, run = kind("their own"), start(tmp_path / "run", dataclasses.replace(SMALL, steps=16))
+    calls = []
+
+    def fail(*_: object) -> bool:
+        calls.append(None)
+        if len(calls) > 9:
+            raise error
+        return False
+
+    watchers = {
+        "observer": {"observers": [Sums(error)]},
+        "progress": {"report": fail, "every": 1},
+        "stop": {"stop": fail},
+    }
+    with pytest.raises(kind, match=r"^their own$") as raised:
+        fit(run, run.config(), open_digits(), device=torch.device("cpu"), **watchers[place])
+    assert raised.value is error
+    newest = run.newest()
+    assert newest is not None
+    assert newest[1].step == 8
+    go(run)
+    whole = start(tmp_path / "whole", dataclasses.replace(SMALL, steps=16))
+    go(whole)
+    assert weights(run, 16) == weights(whole, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"every": 0}, ValueError, "every=0: pass a whole number of at least 1"),
+        ({"every": 2.5}, ValueError, "every=2.5: pass a whole number"),
+        ({"every": None}, TypeError, "every is None: pass a whole number"),
+        ({"progress": True}, TypeError, r"progress is the bool True: .* progress\(report\)"),
+        ({"on_start": "x"}, TypeError, r"on_start is the string 'x': .* on_start\(run, images\)"),
+        ({"stop": False}, TypeError, r"stop is the bool False: .* stop\(\)"),
+        ({"observers": Sums(OSError())}, TypeError, "observers is a Sums: pass a list of observers"),
+        ({"observers": [lambda *_: {}]}, TypeError, r"observers\[0\].every is None: pass a whole number"),
+        ({"observers": [SimpleNamespace(every=4)]}, TypeError, r"observers\[0\] is a SimpleNamespace: "),
+    ],
+)
+def test_wrong_callbacks_are_refused_before_a_run_begins(
+    tmp_path: Path, change: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    recipe = dataclasses.replace(SMALL, steps=2)
+    with pytest.raises(kind, match=f"^{said}"):
+        stablefield.train("digits", out=tmp_path / "run", recipe=recipe, device="cpu", **change)
+    assert not (tmp_path / "run").exists()
+    run = start(tmp_path / "begun", recipe)
+    with pytest.raises(kind, match=f"^{said}"):
+        stablefield.Run(run.path).resume(device="cpu", **change)
 
 
 def test_a_dead_process_is_told_as_such_and_not_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

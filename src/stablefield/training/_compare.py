@@ -127,7 +127,7 @@ def compare(
         on_start: called with the plan before training begins.
         progress: called with a run's finished steps, every few steps.
         on_run: called with every finished run.
-        stop: called after every step; if it returns True, the run is saved and training stops.
+        stop: called after every step but a run's last; if it returns True, the run is saved and training stops.
         command: the command or call to show in the report.
 
     Returns:

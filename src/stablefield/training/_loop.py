@@ -9,7 +9,7 @@ import errno
 import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from stablefield._distributed import RankError, Ranks, single_process
+from stablefield._shapes import check_callable, check_kind, whole_number
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import write_png
@@ -41,7 +42,7 @@ from stablefield.training._run_folder import RunFolder
 from stablefield.training._samples import Samples, draw_samples
 from stablefield.training._stepper import Stepper
 
-__all__ = ["Observer", "Report", "TrainingError", "fit"]
+__all__ = ["Observer", "Report", "TrainingError", "check_watchers", "fit", "not_finite", "writing"]
 
 SAMPLE_SEEDS = range(64)
 # Entries of metrics.jsonl that are the loop's own.
@@ -53,6 +54,25 @@ _LOGGED = (
 
 class TrainingError(Exception):
     """The run cannot continue; the message says why and what remains."""
+
+
+def not_finite(what: str) -> TrainingError:
+    """The error of a run whose numbers are not finite; `what` says which."""
+    return TrainingError(f"{what}: lower learning_rate or max_grad_norm. Earlier checkpoints are intact.")
+
+
+@contextmanager
+def writing() -> Generator[None]:
+    """Report a failed write of the run's files as a TrainingError; errors of callbacks are their callers' own."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if full else "check its folder"
+        raise TrainingError(
+            f"the run cannot be written ({error.strerror or error}): {remedy}, then resume it. "
+            "Earlier checkpoints are intact."
+        ) from error
 
 
 class Observer(Protocol):
@@ -97,7 +117,7 @@ def fit(
         device: where to compute.
         report: called after every `every` steps, on the first process.
         every: steps between reports.
-        stop: called after every step; if true on any process, the run saves a checkpoint and stops.
+        stop: called after every step but the last; if true on any process, the run saves a checkpoint and stops.
         observers: provide further metrics.
         tracker: the tracker that mirrors metrics.jsonl.
         accelerator: the processes; made if not given.
@@ -111,10 +131,12 @@ def fit(
 
     Raises:
         TrainingError: if a loss or a weight is not finite, the disk is full, or the folder has been taken over while this
-            process was stopped; earlier checkpoints are intact.
+            process was stopped; earlier checkpoints are intact. Errors of `report`, `stop` and observers are raised as they
+            are.
         ValueError: if another process trains in the folder, a run to continue has no intact checkpoint, or the data are not
             those of the run.
     """
+    check_watchers(observers, report, every, stop)
     recipe, data = config.recipe, training_data(config, data)
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
@@ -125,7 +147,10 @@ def fit(
         with ranks.rank_0_first("to open the autoencoder"):
             autoencoder = record.open(vae, device) if ranks.first else None
     try:
-        with folder.locked() if ranks.first else nullcontext():
+        with ExitStack() as held:
+            if ranks.first:
+                with writing():
+                    held.enter_context(folder.locked())
             placement = placed(recipe, data, device, ranks.world_size)
             labelled, rows = config.classes > 0, config.training_rows(len(data))
             with closing(Feed(data, recipe, device, labelled=labelled, placement=placement, rows=rows)) as feed:
@@ -136,19 +161,33 @@ def fit(
                 loop = _Loop(folder, config, feed, accelerator, observers, look, autoencoder)
                 with tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
                     return loop.run(report, every, stop, pace, page=page)
-    except ArithmeticError as error:
-        raise TrainingError(
-            f"{error}: lower learning_rate or max_grad_norm. Earlier checkpoints are intact."
-        ) from error
     except RankError as error:
         raise TrainingError(f"{error} Earlier checkpoints are intact.") from error
-    except OSError as error:
-        full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if full else "check its folder"
-        raise TrainingError(
-            f"the run cannot be written ({error.strerror or error}): {remedy}, then resume it. "
-            "Earlier checkpoints are intact."
-        ) from error
+
+
+def check_watchers(
+    observers: Sequence[Observer],
+    report: Callable[[Report], object] | None,
+    every: int,
+    stop: Callable[[], bool],
+    on_start: Callable[..., object] | None = None,
+) -> None:
+    """Check what watches a training, before it begins.
+
+    Raises:
+        TypeError: if one cannot be called, or `every` is not a number.
+        ValueError: if `every`, or that of an observer, is not a whole number of at least 1.
+    """
+    whole_number("every", every, 1)
+    check_callable("stop", stop, "stop()")
+    if report is not None:
+        check_callable("progress", report, "progress(report)")
+    if on_start is not None:
+        check_callable("on_start", on_start, "on_start(run, images)")
+    check_kind("observers", observers, (list, tuple), "a list of observers")
+    for k, observer in enumerate(observers):
+        check_callable(f"observers[{k}]", observer, "observer(step, denoiser)")
+        whole_number(f"observers[{k}].every", getattr(observer, "every", None), 1)
 
 
 class _Loop:
@@ -188,18 +227,20 @@ class _Loop:
             self._state = restore(newest[0], self._stepper.trained)
         self._ranks.barrier("to begin")
         if self._main:
-            # Newer checkpoints are damaged, or they would have been used: they must not count among those to keep.
-            folder.remove_after(self._state.step)
-            # The steps that made them are taken back, and will be taken again.
-            remove_snapshots(folder.snapshots, self._state.step)
-            sweep(folder.path)
-            folder.rewind_log(self._state.step)
+            with writing():
+                # Newer checkpoints are damaged, or they would have been used: they must not count among those to keep.
+                folder.remove_after(self._state.step)
+                # The steps that made them are taken back, and will be taken again.
+                remove_snapshots(folder.snapshots, self._state.step)
+                sweep(folder.path)
+                folder.rewind_log(self._state.step)
         self._reported, self._logged = self._meter(), self._meter()
         # Step and value of the lowest held-out loss.
         self._best = folder.best() if self._main and look is not None else None
         self._page = ReportWriter(folder)
         if self._main:
-            log_environment(folder, self._state.step, accelerator.device, self._ranks.world_size)
+            with writing():
+                log_environment(folder, self._state.step, accelerator.device, self._ranks.world_size)
 
     def run(
         self,
@@ -235,9 +276,12 @@ class _Loop:
                 if report is not None and self._main:
                     with single_process():
                         report(found)
-            looked = self._keep(done, last, stopped, self._improved(done, extra, last and not stopped))
+            improved = self._improved(done, extra, last and not stopped)
+            with writing():
+                looked = self._keep(done, last, stopped, improved)
             if self._main and last and not stopped:
-                self._animate(done)
+                with writing():
+                    self._animate(done)
             if page and self._main and (looked or extra or last):
                 self._page.write(self._config, training=not last)
                 self._pause()
@@ -273,7 +317,7 @@ class _Loop:
         entry = self._report(self._logged, done)
         self._logged = self._meter()
         if not math.isfinite(entry.loss):
-            raise ArithmeticError(f"the loss is {entry.loss} at step {done}")
+            raise not_finite(f"the loss is {entry.loss} at step {done}")
         if not self._main:
             return
         self._write(
@@ -308,13 +352,14 @@ class _Loop:
 
     def _write(self, entry: dict[str, Any]) -> None:
         self._require_folder()
-        self._folder.log(entry)
-        if self._accelerator.trackers:
-            flat = {key: value for key, value in entry.items() if isinstance(value, int | float)}
-            for name in ("bin_loss", "bin_variance_removed"):
-                flat |= {f"{name}/{k}": v for k, v in enumerate(entry.get(name, ())) if v is not None}
-            step = flat.pop("step")
-            self._accelerator.log(flat, step=int(step))
+        with writing():
+            self._folder.log(entry)
+            if self._accelerator.trackers:
+                flat = {key: value for key, value in entry.items() if isinstance(value, int | float)}
+                for name in ("bin_loss", "bin_variance_removed"):
+                    flat |= {f"{name}/{k}": v for k, v in enumerate(entry.get(name, ())) if v is not None}
+                step = flat.pop("step")
+                self._accelerator.log(flat, step=int(step))
 
     def _observe(self, done: int, last: bool) -> dict[str, float]:
         """Run the observers, on the first process; the others wait at their next step."""
@@ -357,7 +402,9 @@ class _Loop:
         if not (snapshot or picture or checkpoint):
             return False
         if checkpoint or snapshot:
-            self._stepper.require_finite(done)
+            odd = self._stepper.odd_weight()
+            if odd is not None:
+                raise not_finite(f"the weight {odd} is not finite at step {done}")
         trained = self._stepper.trained
         if self._main:
             self._require_folder()

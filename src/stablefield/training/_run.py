@@ -31,7 +31,7 @@ from stablefield.training._accelerator import Tracker, make_accelerator
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import read_tensors, write_tensors
 from stablefield.training._grids import write_animation
-from stablefield.training._loop import Observer, Report, fit
+from stablefield.training._loop import Observer, Report, check_watchers, fit
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._pace import Pace
 from stablefield.training._plan import place
@@ -432,6 +432,7 @@ class Run:
                 steps that are done.
             TrainingError: as for `train`.
         """
+        check_watchers(observers, progress, every, stop, on_start)
         where, ranks = place(device)
         config = self.config
         check_vae(vae, config)

@@ -33,7 +33,7 @@ from stablefield.probing._fit import Optimum, find_optimum
 from stablefield.probing._population import Population
 from stablefield.training._accelerator import make_accelerator
 from stablefield.training._feed import Feed
-from stablefield.training._loop import Report, fit
+from stablefield.training._loop import Report, fit, not_finite, writing
 from stablefield.training._model import open_model
 from stablefield.training._placement import placed
 from stablefield.training._records import append_line, read_lines
@@ -134,15 +134,17 @@ class Scorer:
         )
         numbers = (*score.distance, score.frechet, score.frechet_error, score.gradient_variance, score.gradient_ratio)
         if not all(map(math.isfinite, numbers)):
-            raise ArithmeticError(f"a score is not finite at step {step}")
-        append_line(self._path, dataclasses.asdict(score))
+            raise not_finite(f"a score is not finite at step {step}")
+        with writing():
+            append_line(self._path, dataclasses.asdict(score))
         self._began = time.perf_counter()
         return {"frechet": score.frechet, "distance_to_optimum": score.middle}
 
     def stop(self, step: int) -> None:
         """Keep the training time up to a stop between two scores, in a line of scores.jsonl that is no score."""
         self._seconds += time.perf_counter() - self._began
-        append_line(self._path, {"step": step, "seconds": self._seconds})
+        with writing():
+            append_line(self._path, {"step": step, "seconds": self._seconds})
 
     def _gradient_variance(self, stepper: Stepper, denoiser: Denoiser) -> float:
         """E|g - E g|^2 over the batches of the first steps, unbiased, at the weights of `denoiser`."""
@@ -193,7 +195,7 @@ def run_one(
         every: steps between scores.
         device: where to compute.
         report: called with the progress.
-        stop: called after every step; True stops training.
+        stop: called after every step but the last; True stops training.
         optimum: the result of `optimum_of` for the images, which several runs may share; computed here if None.
     """
     config = folder.config()

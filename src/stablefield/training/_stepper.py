@@ -116,15 +116,13 @@ class Stepper:
         """Follow the schedule of a run of another number of steps from the next step on."""
         self._recipe = replace(self._recipe, steps=steps)
 
-    def require_finite(self, step: int) -> None:
-        """Raise ArithmeticError, on all processes, if a weight is not finite, before it could be saved."""
+    def odd_weight(self) -> str | None:
+        """The name of a weight that is not finite, the same on all processes; None if all are."""
         named = list(self.trained.model.named_parameters())
         odd = torch.stack([~own_part(value.detach()).isfinite().all() for _, value in named]).float()
         if self._sharded:
             self._ranks.all_reduce(odd, "to look for weights that are not finite")
-        for (name, _), found in zip(named, odd.tolist(), strict=True):
-            if found:
-                raise ArithmeticError(f"the weight {name} is not finite at step {step}")
+        return next((name for (name, _), found in zip(named, odd.tolist(), strict=True) if found), None)
 
     def examples(self, step: int) -> Iterator[tuple[Example, Tensor | None]]:
         """This process's prepared parts of the batch of `step`, each with its augmentation labels."""

@@ -14,7 +14,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.data._source import Images
 from stablefield.training._accelerator import Tracker
 from stablefield.training._checkpoint import State, save
-from stablefield.training._loop import Observer, Report
+from stablefield.training._loop import Observer, Report, check_watchers
 from stablefield.training._model import untrained
 from stablefield.training._pace import Pace, clock
 from stablefield.training._plan import Plan, images_and_recipe, make_plan, place
@@ -92,7 +92,8 @@ def train(
         on_start: called with the run and its images once the folder exists.
         progress: called with a `Report` after every `every` steps, in the first process.
         every: steps between reports.
-        stop: called after every step; if it returns True, the run is saved and training stops; `Run.resume` continues it.
+        stop: called after every step but the last; if it returns True, the run is saved and training stops; `Run.resume`
+            continues it.
 
     Returns:
         The run; if `stop` ended it, with fewer steps than its recipe has.
@@ -100,10 +101,12 @@ def train(
     Raises:
         ValueError: if an argument does not fit the data, the folder is not empty, or a tensor of `init` has another shape
             than the network's.
-        TrainingError: if the loss is not finite or the disk is full; earlier checkpoints are intact.
+        TrainingError: if the loss is not finite or the disk is full; earlier checkpoints are intact. Errors of `progress`,
+            `stop` and observers are raised as they are.
         ImportError: if a package is missing.
     """
     began = clock()
+    check_watchers(observers, progress, every, stop, on_start)
     seconds = None if time is None else seconds_of(time)
     where, ranks = place(device)
     if not isinstance(images, Plan):
