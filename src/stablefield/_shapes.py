@@ -8,6 +8,7 @@ The checks examine types, dtypes and layouts, never the numbers in a tensor, so 
 
 import os
 from collections.abc import Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
@@ -19,12 +20,14 @@ __all__ = [
     "array_of_numbers",
     "as_device",
     "check_callable",
+    "check_choice",
     "check_floating_dtype",
     "check_generator",
     "check_kind",
     "check_labels",
     "check_numbers",
     "check_tensor",
+    "either",
     "flag",
     "found_device",
     "is_integer",
@@ -224,6 +227,25 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], remedy: str
     """
     if not isinstance(value, kind):
         raise TypeError(f"{name} is {_a(value)}: pass {remedy}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str], *others: str) -> None:
+    """Check that the argument `name` is one of the choices, strings; `others` say what else it may be.
+
+    Raises:
+        TypeError: if it is no string.
+        ValueError: if it is another one; suggests the likely one.
+    """
+    listed = either([*others, *choices])
+    check_kind(name, value, str, listed)
+    if value not in choices:
+        near = get_close_matches(value.lower(), choices, 1)
+        raise ValueError(f"{name} is {value!r:.60}: pass {listed}." + (f" Did you mean {near[0]}?" if near else ""))
+
+
+def either(choices: Sequence[str]) -> str:
+    """Choices in words: a, b or c."""
+    return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
 
 
 def check_callable(name: str, value: Any, call: str) -> None:

@@ -56,6 +56,65 @@ def test_one_call_trains_and_reports_its_progress(tmp_path: Path) -> None:
     assert run.config.data == "digits"
 
 
+def fails(*_: object) -> None:
+    raise RuntimeError("no memory")
+
+
+@pytest.mark.parametrize("init", [False, True])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "stablefield.training._loop.Stepper.take",  # in the first step
+        "stablefield.training._loop.Stepper.__init__",
+        "stablefield.training._loop.placed",
+        "stablefield.training._run.make_accelerator",
+        "stablefield.training._train.Run.__init__",
+        "stablefield.training._run_folder.write_record",
+        None,  # on_start
+    ],
+)
+def test_a_call_that_fails_before_a_step_leaves_its_folder_to_the_corrected_one(
+    run: sf.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str | None, init: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"recipe": TINY, "steps": 2, "device": "cpu", "init": run.path if init else None}
+    for out, folder in (("new", tmp_path / "new"), (None, tmp_path / "runs" / "digits-stf")):
+        with monkeypatch.context() as patch:
+            if broken is not None:
+                patch.setattr(broken, fails)
+            with pytest.raises(RuntimeError, match="no memory"):
+                sf.train("digits", out=out, tracker="tensorboard", on_start=None if broken else fails, **given)
+        assert not list(folder.iterdir() if folder.exists() else ())
+        assert sf.train("digits", out=out, **given).path.resolve() == folder
+
+
+def test_a_run_that_fails_after_a_step_stays(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no memory"):
+        sf.train("digits", out=tmp_path / "a", recipe=TINY, steps=2, device="cpu", every=1, progress=fails)
+    assert sf.Run(tmp_path / "a").resume(device="cpu").step == 2
+
+
+@pytest.mark.parametrize(
+    ("tracker", "kind", "said"),
+    [
+        (
+            "tensorboards",
+            ValueError,
+            "tracker is 'tensorboards': pass none, tensorboard or wandb. Did you mean tensorb",
+        ),
+        (None, TypeError, "tracker is None: pass none, tensorboard or wandb"),
+    ],
+)
+def test_an_unknown_tracker_is_named_and_writes_nothing(
+    run: sf.Run, tmp_path: Path, tracker: Any, kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=f"^{said}"):
+        sf.train("digits", out=tmp_path / "a", recipe=TINY, device="cpu", tracker=tracker)
+    with pytest.raises(kind, match=f"^{said}"):
+        run.resume(tracker=tracker)
+    assert not (tmp_path / "a").exists()
+
+
 def test_an_array_is_trained_on_as_an_image_set_is(tmp_path: Path) -> None:
     digits = open_digits()
     two = [

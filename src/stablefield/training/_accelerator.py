@@ -4,7 +4,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from stablefield._distributed import Ranks
-from stablefield.training._run_folder import RunFolder
+from stablefield._shapes import check_choice
+from stablefield.training._run_folder import TRACKED, RunFolder
 
 __all__ = ["Tracker", "check_tracker", "log_picture", "make_accelerator", "tracking"]
 
@@ -20,11 +21,14 @@ Tracker = Literal["none", "tensorboard", "wandb"]
 
 
 def check_tracker(tracker: Tracker) -> None:
-    """Check that the package of a tracker is installed.
+    """Check that there is such a tracker, and its package is installed.
 
     Raises:
-        ImportError: if it is not, with the command that installs it.
+        TypeError: if it is no string.
+        ValueError: if there is no such tracker.
+        ImportError: if its package is not installed, with the command that installs it.
     """
+    check_choice("tracker", tracker, get_args(Tracker))
     if tracker != "none" and find_spec(tracker) is None:
         extra = 'pip install "stablefield[tensorboard]"' if tracker == "tensorboard" else "pip install wandb"
         raise ImportError(f"tracker={tracker} needs a package that is not installed: {extra}.")
@@ -41,7 +45,7 @@ def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: Ru
         folder: the folder to which a tracker may write.
 
     Raises:
-        ValueError: if the environment and Accelerate count different numbers of processes.
+        ValueError: if the environment and Accelerate count different numbers of processes, or there is no such tracker.
     """
     check_tracker(tracker)
     ranks = Ranks.launched(device)  # Accelerate joins a group that it finds
@@ -66,7 +70,7 @@ def tracking(accelerator: Accelerator, tracker: Tracker, run: dict[str, str]) ->
     if tracker == "none":
         yield
         return
-    accelerator.init_trackers("stablefield", run)
+    accelerator.init_trackers(TRACKED, run)
     try:
         yield
     finally:

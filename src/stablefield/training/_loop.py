@@ -238,9 +238,6 @@ class _Loop:
         # Step and value of the lowest held-out loss.
         self._best = folder.best() if self._main and look is not None else None
         self._page = ReportWriter(folder)
-        if self._main:
-            with writing():
-                log_environment(folder, self._state.step, accelerator.device, self._ranks.world_size)
 
     def run(
         self,
@@ -256,6 +253,9 @@ class _Loop:
             pace.begin(done, self._recipe.steps)
         while done < self._recipe.steps:
             parts = self._stepper.take(done)
+            if self._main and done == self._state.step:
+                with writing():  # from here on the folder holds a run that has begun
+                    log_environment(self._folder, done, self._accelerator.device, self._ranks.world_size)
             done += 1
             if pace is not None and pace.due(done):
                 self._keep_pace(pace, done)

@@ -10,9 +10,8 @@ import math
 import operator
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -21,7 +20,7 @@ import numpy as np
 
 from stablefield._atomic_file import write_atomically
 from stablefield._regular_file import JSON_LIMIT, open_regular, read_limited
-from stablefield._shapes import check_kind, flag, number, whole_number
+from stablefield._shapes import check_choice, check_kind, either, flag, number, whole_number
 
 __all__ = [
     "append_line",
@@ -262,13 +261,9 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
     ):
         return value
     if choices and (isinstance(value, str) or not kinds):
-        check_kind(name, value, str, _either(choices))
-        if value in choices:
-            return str(value)  # NumPy has strings of its own
-        near = get_close_matches(value.lower(), choices, 1)
-        meant = f" Did you mean {near[0]}?" if near else ""
         others = ["a whole number" if each is int else "a number" for each in kinds]
-        raise ValueError(f"{name} is {value!r:.60}: pass {_either([*others, *choices])}.{meant}")
+        check_choice(name, value, choices, *others)
+        return str(value)  # NumPy has strings of its own
     if kinds[0] in _CHECKS:
         if kinds[0] is float and type(value) is int and has_type(value, float):
             return value  # a whole number stays one in the file
@@ -277,7 +272,7 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
         except (TypeError, ValueError) as error:
             if not choices:
                 raise
-            raise type(error)(f"{str(error).rstrip('.')}, or {_either(choices)}.") from None
+            raise type(error)(f"{str(error).rstrip('.')}, or {either(choices)}.") from None
     if get_origin(kinds[0]) is tuple:
         listed = value.tolist() if isinstance(value, np.ndarray) else value
         check_kind(name, listed, (tuple, list), "a tuple, or None" if NoneType in alternatives else "a tuple")
@@ -285,13 +280,9 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
         return value if isinstance(value, tuple) and all(map(operator.is_, found, value)) else found
     # A file of a dataclass's own subclass could not be read again.
     exact = tuple(each for each in kinds if each is type(value) or not is_dataclass(each))
-    check_kind(name, value, exact, _either([f"{each.__name__}(...)" for each in kinds]))
+    check_kind(name, value, exact, either([f"{each.__name__}(...)" for each in kinds]))
     changed = _settled(value, f"{name}.") if is_dataclass(value) else {}
     return replace(value, **changed) if changed else value
-
-
-def _either(choices: Sequence[str]) -> str:
-    return " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
 
 
 def is_count(value: object) -> TypeGuard[int]:

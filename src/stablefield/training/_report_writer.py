@@ -43,7 +43,7 @@ def log_environment(folder: RunFolder, step: int, device: torch.device, processe
         "torch": torch.__version__,
         "python": f"{platform.python_version()}, {platform.system()}",
     }
-    append_line(folder.path / "environment.jsonl", entry)
+    append_line(folder.environments, entry)
 
 
 def report_seconds(seconds: float) -> float:

@@ -27,7 +27,7 @@ from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
-from stablefield.training._accelerator import Tracker, make_accelerator
+from stablefield.training._accelerator import Tracker, check_tracker, make_accelerator
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import read_tensors, write_tensors
 from stablefield.training._grids import write_animation
@@ -433,6 +433,7 @@ class Run:
             TrainingError: as for `train`.
         """
         check_watchers(observers, progress, every, stop, on_start)
+        check_tracker(tracker)
         where, ranks = place(device)
         config = self.config
         check_vae(vae, config)

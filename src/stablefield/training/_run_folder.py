@@ -7,8 +7,9 @@ and, during training, .stablefield.lock
 
 import math
 import re
+import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -18,8 +19,10 @@ from stablefield.training._lock import Holder, Lock
 from stablefield.training._records import append_line, has_type, is_count, read_lines, write_lines, write_record
 from stablefield.training._run_config import RunConfig
 
-__all__ = ["HasFolder", "RunFolder", "is_run"]
+__all__ = ["TRACKED", "HasFolder", "RunFolder", "is_run"]
 
+TRACKED = "stablefield"
+"""The project's name for trackers, and the folder in the run's folder that TensorBoard's events go to."""
 _LOCK = ".stablefield.lock"
 _ATTEMPTS = 10
 # Files that a kill may leave in a new folder: a run can start there again.
@@ -57,7 +60,7 @@ class RunFolder:
         Raises:
             ValueError: if the folder is not empty or not writable.
         """
-        folder = cls(path)
+        folder, new = cls(path), not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder._require_empty()
@@ -66,11 +69,34 @@ class RunFolder:
                 for leftover in path.glob(".config.json.*tmp"):  # of a kill
                     leftover.unlink()
                 folder._write_config(config)
-        except OSError as error:
+        except Exception as error:
+            if new:
+                with suppress(OSError):  # of a folder that is not empty
+                    path.rmdir()
+            if not isinstance(error, OSError):
+                raise
             raise ValueError(
                 f"out={path} cannot be written ({error.strerror}): name a folder in a place that you may write to."
             ) from error
         return folder
+
+    @property
+    def environments(self) -> Path:
+        """The file that says where the run was trained: there from the end of the first step on."""
+        return self.path / "environment.jsonl"
+
+    def withdraw(self) -> None:
+        """Remove what a run that has taken no step wrote to the folder, so that another can begin there."""
+        # If it cannot be removed, or another process trains in it by now, it stays.
+        with suppress(OSError, ValueError), self.locked():
+            if self.environments.exists():
+                return
+            shutil.rmtree(self.path / TRACKED, ignore_errors=True)
+            first = self.checkpoint(0)
+            remove(first)  # of weights to begin with
+            if first.parent.exists():
+                first.parent.rmdir()
+            (self.path / "config.json").unlink(missing_ok=True)
 
     def require_unlocked(self) -> None:
         """Check that no other process trains in the folder, without taking the lock.

@@ -353,7 +353,7 @@ def read_report(folder: RunFolder, config: RunConfig | None = None, *, training:
     """
     entries = (
         {name: entry[name] for name in _ENVIRONMENT}
-        for entry in read_lines(folder.path / "environment.jsonl")
+        for entry in read_lines(folder.environments)
         if all(isinstance(entry.get(name), kind) for name, kind in _ENVIRONMENT.items())
     )
     lines: dict[int, dict[str, Any]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from stablefield.data._image_set import ImageSet
 from stablefield.data._source import Images
-from stablefield.training._accelerator import Tracker
+from stablefield.training._accelerator import Tracker, check_tracker
 from stablefield.training._checkpoint import State, save
 from stablefield.training._loop import Observer, Report, check_watchers
 from stablefield.training._model import untrained
@@ -73,7 +74,8 @@ def train(
             the `Plan` of a run.
         labels: class numbers from 0 of an array of images, shape (n,), on which the network is conditioned; `recipe`, if
             given, must have `conditional=True`.
-        out: folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists.
+        out: folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists. A call that fails
+            before its first step leaves it empty.
         recipe: how to train; by default one that suits the data and the device, or that of the run `init`.
         init: weights to begin with: a run or its folder (the averaged weights of its newest checkpoint), a folder that
             `Run.export` wrote, or a file of safetensors or of `torch.save` with a state dict, such as one in a run's
@@ -107,6 +109,7 @@ def train(
     """
     began = clock()
     check_watchers(observers, progress, every, stop, on_start)
+    check_tracker(tracker)
     seconds = None if time is None else seconds_of(time)
     where, ranks = place(device)
     if not isinstance(images, Plan):
@@ -126,31 +129,41 @@ def train(
         plan = images
     check_vae(vae, plan.config)
     pace = None if plan.seconds is None or plan.costs is None else Pace(plan.seconds, plan.costs)
-    path = ""
-    if ranks.first:
-        config = plan.config
-        folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
-        path = str(_begun(RunFolder.create(folder, config), plan).path)
-    run = Run(ranks.broadcast(path, "to make the run's folder"))
-    fit_run(
-        run,
-        plan.data,
-        where,
-        tracker,
-        observers,
-        on_start,
-        progress,
-        every,
-        stop,
-        pace,
-        held_out=plan.held_out,
-        vae=vae,
-    )
+    where_to, made = Path(), None
+    try:
+        if ranks.first:
+            config = plan.config
+            where_to = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
+            made = RunFolder.create(where_to, config)
+            _save_initial(made, plan)
+        run = Run(ranks.broadcast(str(where_to), "to make the run's folder"))
+        fit_run(
+            run,
+            plan.data,
+            where,
+            tracker,
+            observers,
+            on_start,
+            progress,
+            every,
+            stop,
+            pace,
+            held_out=plan.held_out,
+            vae=vae,
+        )
+    except Exception:
+        # A corrected call can use the folder, if no step was taken.
+        if made is not None:
+            made.withdraw()
+        if ranks.first and out is None:
+            with suppress(OSError):  # of a run that has begun
+                where_to.rmdir()
+        raise
     return run
 
 
-def _begun(folder: RunFolder, plan: Plan) -> RunFolder:
-    """The folder of a run, with a checkpoint of the weights to begin with, if they are those of another network."""
+def _save_initial(folder: RunFolder, plan: Plan) -> None:
+    """Save a checkpoint of the weights to begin with, if they are those of another network."""
     if plan.initial is not None:
         try:
             save(folder.checkpoint(0), State(0, 0), untrained(plan.config, torch.device("cpu"), plan.initial))
@@ -158,7 +171,6 @@ def _begun(folder: RunFolder, plan: Plan) -> RunFolder:
             raise ValueError(
                 f"out={folder.path} cannot be written ({error.strerror or error}): free some space, or name another place."
             ) from error
-    return folder
 
 
 def _unused_folder(name: str) -> Path:
