@@ -1,5 +1,6 @@
 """The image set: what it accepts, and what its manifest promises."""
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -7,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from stablefield.data import ImageSet, Origin, make_image_set
-from stablefield.data._image_set import renumbered
+from stablefield.data import ImageSet, Origin, make_image_set, open_images
+from stablefield.data._columns import read_labels
+from stablefield.data._image_set import distinct_names, renumbered
 
 ORIGIN = Origin(name="toy", source="made up")
 
@@ -32,7 +34,7 @@ def test_the_manifest_is_what_it_says():
 def test_the_checksum_is_of_the_values_and_not_of_the_memory_layout(monkeypatch):
     made = toy(40)
     channels_last = np.ascontiguousarray(made.images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-    monkeypatch.setattr("stablefield.data._image_set.CHUNK_BYTES", 300)
+    monkeypatch.setattr("stablefield.data._scaling.CHUNK_BYTES", 300)
     assert make_image_set(channels_last, made.labels, ORIGIN).manifest == made.manifest
 
 
@@ -112,3 +114,31 @@ def test_classes_are_numbered_anew_by_their_names():
     for other in (("0", "1"), ("0", "1", "2"), ("0", "1", "1")):
         with pytest.raises(ValueError, match="has the classes 0, 1, 10, and not"):
             renumbered(made, other)
+
+
+def test_two_classes_of_one_name_are_refused_wherever_the_names_come_from(tmp_path):
+    names, said = ("crane", "dog", "crane"), r"has 'crane' for the classes 0 and 2: .* 'crane \(0\)' and 'crane \(2\)'"
+    made = toy()
+    with pytest.raises(ValueError, match=f"^class_names {said}"):
+        Origin(name="x", source="x", class_names=names)
+    with pytest.raises(ValueError, match=f"^class_names {said}"):
+        dataclasses.replace(made, class_names=names)
+    with pytest.raises(TypeError, match=r"^class_names\[1\] is an int: pass a name"):
+        dataclasses.replace(made, class_names=("crane", 1, "dog"))
+    np.savez(tmp_path / "a.npz", images=made.images, labels=made.labels, class_names=np.array(names))
+    with pytest.raises(ValueError, match=rf"a\.npz: class_names {said}"):
+        open_images(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=f"^the column label {said}"):
+        read_labels("label", "ClassLabel", [0, 1, 2], names)
+
+
+@pytest.mark.parametrize(
+    ("names", "distinct"),
+    [
+        (("a", "b"), ("a", "b")),
+        (("a", "b", "a"), ("a (0)", "b", "a (2)")),
+        (("a", "a", "a (0)"), ("a (0) (0)", "a (1)", "a (0) (2)")),
+    ],
+)
+def test_distinct_names_are_distinct(names, distinct):
+    assert distinct_names(names) == distinct

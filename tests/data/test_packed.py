@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from stablefield.data import Origin, PackedWriter, make_image_set, open_images, open_packed, pack
+from stablefield.data._packed_writer import METADATA_KEY
 
 
 def toy(n=7, shape=(3, 5, 3), labels=True, class_names=None):
@@ -211,3 +212,16 @@ def test_a_packed_file_is_a_source_like_any_other(tmp_path):
     assert opened.manifest == made.manifest
     assert opened.class_names == ("a", "b")
     assert pack(opened, tmp_path / "again.bin").read_bytes() == (tmp_path / "toy.bin").read_bytes()
+
+
+def test_a_file_with_two_classes_of_one_name_says_how_to_name_them(tmp_path):
+    path = pack(toy(class_names=("crane", "dog")), tmp_path / "toy.bin")
+
+    def change(header):
+        manifest = json.loads(header["__metadata__"][METADATA_KEY]) | {"class_names": ["crane", "dog", "crane"]}
+        header["__metadata__"][METADATA_KEY] = json.dumps(manifest)
+
+    rewritten(path, change)
+    said = r"toy\.bin: class_names has 'crane' for the classes 0 and 2: give each class .*, such as 'crane \(0\)'"
+    with pytest.raises(ValueError, match=said):
+        open_images(path)

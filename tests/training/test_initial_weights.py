@@ -208,6 +208,25 @@ class PatchesConfig:
         return Patches(shape[1], classes, generator)
 
 
+def test_classes_of_one_name_in_an_older_run_are_told_apart_by_their_numbers(tmp_path: Path) -> None:
+    # New data cannot have them, but published networks do: ImageNet's "crane" is a bird and a machine.
+    data = images(names=("crane (0)", "dog", "crane (2)"))
+    run = train(tmp_path / "old", data)
+    path = run.path / "config.json"
+    record = json.loads(path.read_text())
+    record["manifest"]["class_names"] = ["crane", "dog", "crane"]
+    del record["checksum"]
+    path.write_text(json.dumps(record))
+    assert run.config.class_names == ("crane (0)", "dog", "crane (2)")
+    with pytest.raises(ValueError, match=r"class_label=crane: .*0 \(crane \(0\)\), 1 \(dog\), 2 .* Did you mean crane"):
+        run.sample(1, class_label="crane", steps=2, device="cpu")
+    drawn = [run.sample(1, class_label=label, steps=2, device="cpu").images for label in (0, "crane (2)", 2)]
+    assert np.array_equal(drawn[1], drawn[2])
+    assert not np.array_equal(drawn[0], drawn[1])
+    weights = begin(tmp_path / "new", data, run)
+    assert all(torch.equal(value, weights[name]) for name, value in averages(run).items())
+
+
 def test_constants_of_the_size_and_rows_for_no_class_go_their_own_way(tmp_path: Path) -> None:
     theirs = Patches(8, 3, torch.Generator().manual_seed(1)).state_dict()
     torch.save(theirs, tmp_path / "theirs.pt")

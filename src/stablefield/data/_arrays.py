@@ -31,6 +31,7 @@ from stablefield.data._image_set import (
     ImageSet,
     MissingSplitError,
     Origin,
+    check_class_names,
     check_label_count,
     make_image_set,
 )
@@ -231,6 +232,7 @@ def _class_names(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: in
         "".join(names).encode()
     except ValueError as error:
         raise ValueError(f"{what} is damaged ({error}): save it again.") from error
+    check_class_names(what, names)
     return names
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield.data._image_files import natural
+from stablefield.data._image_set import check_class_names
 
 __all__ = ["Labels", "image_column", "label_column", "read_labels"]
 
@@ -66,7 +67,8 @@ def read_labels(column: str, kind: str, values: Iterable[object], names: tuple[s
         names: the class names, for class labels.
 
     Raises:
-        ValueError: if a number is too large for a label, or the texts are too long for class names.
+        ValueError: if a number is too large for a label, the texts are too long for class names, or two classes have
+            one name.
     """
     texts: dict[str, int] = {}
     length = 0
@@ -99,4 +101,5 @@ def read_labels(column: str, kind: str, values: Iterable[object], names: tuple[s
         raise ValueError(
             f"the column {column} holds {max(found)}: a label is a whole number from 0 to {LABEL_LIMIT - 1:,}."
         )
+    check_class_names(f"the column {column}", names)
     return np.array(found, np.int64), names, ()

@@ -15,6 +15,7 @@ little-endian int64. Equal sets have equal checksums, whatever file they came fr
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +36,11 @@ __all__ = [
     "ImageSet",
     "MissingSplitError",
     "Origin",
+    "check_class_names",
     "check_label_count",
     "chunks",
     "class_text",
+    "distinct_names",
     "labels_sha256",
     "make_image_set",
     "pixels_sha256",
@@ -73,7 +76,7 @@ class Origin:
     source: str
     """One line that describes where the images came from."""
     class_names: tuple[str, ...] | None = None
-    """Class names, if known."""
+    """Class names, if known, each another one."""
     resized: str = "no"
     """How the images were resized, or "no"."""
     conversions: dict[str, int] = field(default_factory=dict[str, int])
@@ -92,8 +95,7 @@ class Origin:
         check_kind("conversions", self.conversions, dict, "a dictionary of counts")
         check_kind("skipped_files", self.skipped_files, tuple, "a tuple of strings")
         whole_number("skipped", self.skipped, 0)
-        if self.class_names is not None:
-            check_kind("class_names", self.class_names, tuple, "a tuple of strings, or None")
+        check_class_names("class_names", self.class_names)
 
     def manifest(self, classes: int) -> dict[str, Any]:
         """The manifest of a set with this many classes, still without count, shape and checksums."""
@@ -115,7 +117,8 @@ class ImageSet:
     """Images, or other samples, with their labels and manifest; made by `make_image_set` or `open_images`.
 
     Raises:
-        ValueError: if a shape or dtype is not as stated, the set is empty, or a label has no class.
+        ValueError: if a shape or dtype is not as stated, the set is empty, a label has no class, or two classes have one
+            name.
     """
 
     images: NDArray[Any]
@@ -123,7 +126,7 @@ class ImageSet:
     labels: NDArray[np.int64] | None
     """Class numbers from 0, shape (n,), or None."""
     class_names: tuple[str, ...] | None
-    """Class names, if known."""
+    """Class names, if known, each another one."""
     name: str
     """A short name, for headings and file names."""
     manifest: dict[str, Any]
@@ -144,8 +147,7 @@ class ImageSet:
         )
         check_kind("name", self.name, str, "a short name, a string")
         check_kind("manifest", self.manifest, dict, "a dictionary; make_image_set makes it")
-        if self.class_names is not None:
-            check_kind("class_names", self.class_names, tuple, "a tuple of strings, or None")
+        check_class_names("class_names", self.class_names)
         if labels is not None:
             check_kind("labels", labels, np.ndarray, "a numpy array of class numbers, shape (n,), or None")
         if self.scaling is None:
@@ -467,6 +469,37 @@ def class_text(number: int, names: Sequence[str] | None) -> str:
         return "no class"
     name = names[number] if names is not None and number < len(names) else str(number)
     return str(number) if name == str(number) else f"{number} ({name})"
+
+
+def check_class_names(name: str, value: Any) -> None:
+    """Check that the argument `name` holds a name of its own for each class, or is None.
+
+    Raises:
+        TypeError: if it is neither a tuple of strings nor None.
+        ValueError: if two classes have one name, by which they could not be told apart.
+    """
+    if value is None:
+        return
+    check_kind(name, value, tuple, "a tuple of strings, or None")
+    names: tuple[Any, ...] = value
+    for k, one in enumerate(names):
+        check_kind(f"{name}[{k}]", one, str, "a name, a string")
+    if len(set(names)) < len(names):
+        twice, _ = Counter(names).most_common(1)[0]
+        first, second, *_ = [k for k, one in enumerate(names) if one == twice]
+        raise ValueError(
+            f"{name} has {twice!r:.60} for the classes {first} and {second}: give each class a name of its own, such as "
+            f"'{twice:.40} ({first})' and '{twice:.40} ({second})'."
+        )
+
+
+def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Class names in which the number tells classes of one name apart: ImageNet's "crane" is a bird and a machine."""
+    found = tuple(names)
+    while len(set(found)) < len(found):
+        count = Counter(found)
+        found = tuple(f"{name} ({k})" if count[name] > 1 else name for k, name in enumerate(found))
+    return found
 
 
 def renumbered(images: ImageSet, class_names: Sequence[str]) -> ImageSet:

@@ -27,7 +27,14 @@ import numpy as np
 
 from stablefield._regular_file import JSON_LIMIT, open_regular
 from stablefield._shapes import check_kind, flag
-from stablefield.data._image_set import ImageSet, Origin, check_label_count, labels_sha256, make_image_set
+from stablefield.data._image_set import (
+    ImageSet,
+    Origin,
+    check_class_names,
+    check_label_count,
+    labels_sha256,
+    make_image_set,
+)
 from stablefield.data._packed_writer import METADATA_KEY, PackedWriter, room_for
 from stablefield.data._raw_array import mapped
 from stablefield.data._scaling import check_floats, chunks
@@ -196,12 +203,13 @@ def _opened(path: Path, file: BinaryIO) -> ImageSet:
     for key, value in (("count", shape[0]), ("shape", list(shape[1:])), ("labels_sha256", labels_sha256(labels))):
         if manifest.get(key) != value:
             raise _damaged(path, f"its manifest says {key} = {reprlib.repr(manifest.get(key))}, but it holds {value}")
-    class_names = manifest.get("class_names")
+    class_names = None if manifest["class_names"] is None else tuple(manifest["class_names"])
+    check_class_names(f"{path}: class_names", class_names)
     try:
         return ImageSet(
             images=images,
             labels=labels,
-            class_names=None if class_names is None else tuple(class_names),
+            class_names=class_names,
             name=manifest["name"],
             manifest=manifest,
         )

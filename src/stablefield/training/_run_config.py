@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stablefield._regular_file import reason
 from stablefield._shapes import whole_number
 from stablefield.data._autoencoder import AutoencoderRecord
-from stablefield.data._image_set import ImageSet, renumbered
+from stablefield.data._image_set import ImageSet, distinct_names, renumbered
 from stablefield.data._png import is_picture
 from stablefield.data._scaling import Scaling
 from stablefield.training._config import decode, encode
@@ -126,11 +126,11 @@ class RunConfig:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the network's classes, if known."""
+        """Names of the network's classes, if known, each another one."""
         names: Any = self.manifest.get("class_names")
         if not self.classes or not isinstance(names, list | tuple):
             return None
-        named = tuple(str(name) for name in cast("Sequence[Any]", names))
+        named = distinct_names([str(name) for name in cast("Sequence[Any]", names)])
         return named if len(named) == self.classes else None
 
     @property

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stablefield._regular_file import read_limited, reason, sha256
-from stablefield.data._image_set import ImageSet
+from stablefield.data._image_set import ImageSet, distinct_names
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.networks._song_unet import SongUNet
@@ -227,7 +227,9 @@ def _averages(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _names(entry: object) -> tuple[str, ...] | None:
-    return tuple(map(str, cast("list[object]", entry))) if isinstance(entry, list) and entry else None
+    return (
+        distinct_names([str(one) for one in cast("list[object]", entry)]) if isinstance(entry, list) and entry else None
+    )
 
 
 def _matched(wanted: Collection[str], found: Collection[str]) -> dict[str, str]:
