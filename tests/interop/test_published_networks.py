@@ -131,6 +131,14 @@ def test_plain_state_dict_needs_to_be_told_its_preconditioning(tmp_path: Path) -
         read_published(tmp_path / "w.safetensors")
 
 
+def test_unknown_preconditioning_is_refused_by_name(tmp_path: Path) -> None:
+    save_file(network("DDPM++", 8, 1, 8, (1, 2), 1).state_dict(), tmp_path / "net.safetensors")
+    with pytest.raises(
+        ValueError, match=r"^preconditioning is 'EDM': pass edm, vp, ve, flow or ddpm. Did you mean edm"
+    ):
+        read_published(tmp_path / "net.safetensors", preconditioning="EDM")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(dtype, path: Path) -> None:
     made = network("NCSN++", 8, 1, 8, (1, 2), 1).to(dtype)

@@ -16,6 +16,7 @@ from stablefield.training._recipes import (
     CIFAR10_EDM,
     CIFAR10_VE,
     CIFAR10_VP,
+    DIGITS,
     RECIPES,
     imagefolder,
     largest_resolution,
@@ -23,6 +24,7 @@ from stablefield.training._recipes import (
     recipe_for,
     sit,
     unet2d,
+    with_noise_distribution,
 )
 
 
@@ -173,3 +175,10 @@ def test_augmentation_needs_a_network_that_can_be_told() -> None:
         recipe.network.build(open_digits().shape, 0, recipe.augment_dim, torch.Generator())
     with pytest.raises(ValueError, match="mirror=True and augmentation"):
         dataclasses.replace(recipe, mirror=True)
+
+
+def test_unknown_names_are_refused_with_the_likely_one() -> None:
+    with pytest.raises(ValueError, match=r"^noise_distribution is 'log-normal': .* Did you mean lognormal"):
+        with_noise_distribution(DIGITS, "log-normal")
+    with pytest.raises(ValueError, match=r"^recipe is 'cifar10_edm': .* Did you mean cifar10-edm"):
+        named_recipe("cifar10_edm", open_digits(), accelerated=False)

@@ -292,6 +292,16 @@ def test_an_export_is_a_folder_with_a_card(run: sf.Run, tmp_path: Path) -> None:
         run.export(folder, format="plain")
 
 
+@pytest.mark.parametrize(("given", "kind"), [("diffuser", ValueError), ("Plain", ValueError), (None, TypeError)])
+def test_an_export_of_an_unknown_format_writes_nothing(
+    run: sf.Run, tmp_path: Path, given: Any, kind: type[Exception]
+) -> None:
+    meant = {"diffuser": r"\. Did you mean diffusers\?", "Plain": r"\. Did you mean plain\?"}.get(given, r"\.")
+    with pytest.raises(kind, match=rf"^format is {given!r}: pass diffusers or plain{meant}$"):
+        run.export(tmp_path / "export", format=given)
+    assert not (tmp_path / "export").exists()
+
+
 def test_a_run_shows_itself_in_a_notebook(run: sf.Run) -> None:
     text = run._repr_html_()
     assert "step 12 of 12" in text

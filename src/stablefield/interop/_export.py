@@ -3,12 +3,12 @@
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from stablefield import sampling
-from stablefield._shapes import whole_number
+from stablefield._shapes import check_choice, whole_number
 from stablefield.data._png import class_grid, write_png
 from stablefield.data._scaling import Scaling
 from stablefield.interop._model_card import ModelCard, public_name, results_of_run
@@ -51,6 +51,7 @@ def export_run(
     Returns:
         The folder.
     """
+    check_choice("format", format, get_args(Format))
     whole_number("samples", samples, 0)
     if format == "diffusers" and find_spec("diffusers") is None:
         raise ImportError('format=diffusers needs diffusers: pip install "stablefield[diffusers]".')

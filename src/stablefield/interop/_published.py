@@ -16,11 +16,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
+from stablefield._shapes import check_choice
 from stablefield.diffusion._preconditioning import (
     PRECONDITIONINGS,
     Denoiser,
@@ -109,6 +110,8 @@ def read_published(
             differs from what is stated; or if the config.json or the model_index.json of an export cannot be used.
     """
     path = Path(path)
+    if preconditioning is not None:
+        check_choice("preconditioning", preconditioning, get_args(PreconditioningName))
     value, name = read_weight_file(path), plain_text(path.name)
     try:
         found, where = _network(value)

@@ -12,8 +12,9 @@ References:
 
 import dataclasses
 from math import gcd
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
+from stablefield._shapes import check_choice
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import is_picture
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
@@ -138,7 +139,11 @@ def named_recipe(name: str, images: ImageSet, *, accelerated: bool) -> tuple[str
         name: in `RECIPES`, or "imagefolder", "unet2d" or "sit", which depend on the images, or "auto".
         images: the training data.
         accelerated: whether there is a GPU.
+
+    Raises:
+        ValueError: if there is no such recipe.
     """
+    check_choice("recipe", name, ("auto", *RECIPES, "imagefolder", "unet2d", "sit"))
     if name == "auto":
         built_in = (images.opening or {}).get("source") == "digits"
         name = "digits" if built_in else "mnist28" if images.shape == (1, 28, 28) else "imagefolder"
@@ -173,8 +178,9 @@ def with_noise_distribution(recipe: Recipe, name: NoiseDistribution) -> Recipe:
         name: of the distribution; "recipe" for the recipe's own.
 
     Raises:
-        ValueError: if times of the recipe's process have no uniform distribution.
+        ValueError: if times of the recipe's process have no uniform distribution, or there is no such distribution.
     """
+    check_choice("noise_distribution", name, get_args(NoiseDistribution))
     if name == "recipe":
         return recipe
     old, process = recipe.noise_levels, recipe.process

@@ -340,7 +340,7 @@ class Run:
             The folder.
 
         Raises:
-            ValueError: if the folder is not empty or not writable, or the run has no such average.
+            ValueError: if the folder is not empty or not writable, there is no such format, or the run has no such average.
             ImportError: if diffusers is not installed (format "diffusers").
         """
         from stablefield.interop._export import export_run
