@@ -208,6 +208,13 @@ class PatchesConfig:
         return Patches(shape[1], classes, generator)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatchesRecipe(Recipe):
+    """A recipe that takes it."""
+
+    network: PatchesConfig = PatchesConfig()  # pyrefly: ignore[bad-override]
+
+
 def test_classes_of_one_name_in_an_older_run_are_told_apart_by_their_numbers(tmp_path: Path) -> None:
     # New data cannot have them, but published networks do: ImageNet's "crane" is a bird and a machine.
     data = images(names=("crane (0)", "dog", "crane (2)"))
@@ -230,7 +237,7 @@ def test_classes_of_one_name_in_an_older_run_are_told_apart_by_their_numbers(tmp
 def test_constants_of_the_size_and_rows_for_no_class_go_their_own_way(tmp_path: Path) -> None:
     theirs = Patches(8, 3, torch.Generator().manual_seed(1)).state_dict()
     torch.save(theirs, tmp_path / "theirs.pt")
-    recipe = dataclasses.replace(TINY, network=PatchesConfig())
+    recipe = PatchesRecipe(**(vars(TINY) | {"network": PatchesConfig()}))
     for side, names, rows in (
         (8, None, [3]),
         (8, ("ant", "bee"), [0, 1, 3]),
