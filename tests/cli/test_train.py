@@ -244,7 +244,11 @@ def test_averages_of_any_length_are_made_and_sampled_after_training(
 ) -> None:
     out = str(tmp_path / "run")
     assert status("train", str(photos), *QUICK, "--steps", "6", "--ema-snapshot-every", "2", "--out", out) == 0
-    assert status("ema", out, "--length", "0.07", "0.2") == 0
+    with pytest.warns(UserWarning, match=r"^length=0\.2: .* differs by \d\d\.\d%"):
+        assert status("ema", out, "--length", "0.07", "0.2") == 0
+    capsys.readouterr()
+    assert status("ema", out, "--length", "0.07", "--step", "3") == 2
+    assert "--step 3 has no snapshot: pass 2, 4 or 6" in capsys.readouterr().err
     assert (tmp_path / "run" / "ema" / "length-0.07.safetensors").is_file()
     grid = str(tmp_path / "grid.png")
     assert status("sample", out, "--seeds", "0-3", "--steps", "2", "--ema", "0.07", "--out", grid) == 0

@@ -146,5 +146,17 @@ def test_no_snapshots_and_steps_beyond_them_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ema_snapshot_every=STEPS"):
         combine(tmp_path / "ema", 0.1)
     take_snapshot(tmp_path / "ema", 10, [(length, torch.nn.Linear(2, 2)) for length in LENGTHS])
-    with pytest.raises(ValueError, match="step 11"):
-        combine(tmp_path / "ema", 0.1, 11)
+    take_snapshot(tmp_path / "ema", 20, [(length, torch.nn.Linear(2, 2)) for length in LENGTHS])
+    for step in (0, 9, 11, 19, 21):
+        with pytest.raises(ValueError, match=f"^step={step} has no snapshot: pass 10 or 20, or leave it out"):
+            combine(tmp_path / "ema", 0.1, step)
+    combine(tmp_path / "ema", 0.1, 10)
+
+
+def test_among_many_snapshots_an_error_names_the_nearest(tmp_path: Path) -> None:
+    for step in range(10, 101, 10):
+        take_snapshot(tmp_path / "ema", step, [(0.1, torch.nn.Linear(1, 1))])
+    with pytest.raises(
+        ValueError, match="pass 30, 40, 50, 60, 70 or 80, the nearest of the 10 from 10 to 100, or leave"
+    ):
+        combine(tmp_path / "ema", 0.1, 56)

@@ -249,8 +249,16 @@ def test_an_average_is_written_beside_the_snapshots(run: sf.Run) -> None:
     path, error = run.average(0.1)
     assert path.name == "length-0.1.safetensors"
     assert 0 <= error < 0.2
-    with pytest.raises(ValueError, match="length"):
+    with pytest.raises(ValueError, match=r"length .* is 0\.5: .* below 0\.2887"):
         run.average(0.5)
+    with pytest.warns(UserWarning, match=r"^length=0\.2886: .* differs by \d\d\.\d% from one of that length"):
+        run.average(0.2886)
+    before = sorted((run.path / "ema").iterdir())
+    for step in (2, 6, 11, 13):
+        with pytest.raises(ValueError, match=f"^step={step} has no snapshot: pass 4, 8 or 12"):
+            run.average(0.1, step)
+    assert sorted((run.path / "ema").iterdir()) == before
+    assert run.average(0.1, 8)[1] < 1e-5
 
 
 def test_an_average_far_from_the_lengths_that_are_kept_is_told_with_its_error(run: sf.Run, tmp_path: Path) -> None:
@@ -279,6 +287,8 @@ def test_an_average_far_from_the_lengths_that_are_kept_is_told_with_its_error(ru
     assert f"average: 0.25 (profile {error:.1%} off)" in card
     with pytest.warns(UserWarning, match=r"^guide_ema=0\.25: .* differs by"):
         run.sampler(SamplerOptions(guide=run.path, guide_ema="0.25", guidance_scale=2), device="cpu")
+    with pytest.warns(UserWarning, match=told.replace("ema=", "length=")):
+        assert run.average(0.25)[1] == pytest.approx(error, rel=1e-3)
     # Those that are kept are exact, and told without an error or a warning.
     assert run.sample(2, steps=2, ema="0.05", device="cpu").ema == "0.05, step 12"
     assert run.model("0.08").ema_error == pytest.approx(run.average(0.08)[1])

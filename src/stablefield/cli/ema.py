@@ -24,7 +24,7 @@ class Ema:
     length: tuple[float, ...] = ()
     """Standard deviations of the averages as shares of the run, such as 0.05 0.1 0.15."""
     step: int | None = None
-    """Step of the averages; the last snapshot's by default."""
+    """Step of the averages, one with a snapshot; the last one's by default."""
 
     def run(self) -> int:
         """Write one file of weights per length."""

@@ -46,13 +46,13 @@ def power_exponent(length: float) -> float:
     """The exponent gamma of the power-function average of a relative length, the inverse of `power_length`.
 
     Raises:
-        ValueError: if `length` is not above 0 and below 0.28 (gamma above 0).
+        ValueError: if `length` is not above 0 and below 0.2887 (gamma above 0).
     """
     number("length", length)
     longest = power_length(0.0)
     if not 0 < length < longest:
         raise ValueError(
-            f"the length of an average is {length}: it is a share of the run, above 0 and below {longest:.2f}."
+            f"the length of an average is {length}: it is a share of the run, above 0 and below {longest:.4f}."
         )
     # length^2 (gamma + 2)^2 (gamma + 3) = gamma + 1, whose largest real root is the one above 0.
     inverse = length**-2

@@ -18,7 +18,7 @@ from stablefield.training._run_config import RunConfig
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._seeding import Purpose, generator_for
 
-__all__ = ["OpenModel", "build_denoiser", "open_model", "require_fit", "untrained"]
+__all__ = ["OpenModel", "build_denoiser", "open_model", "require_fit", "untrained", "warn_of_average"]
 
 # Relative error of an average's profile above which it is no longer the average that was asked for.
 _OFF = 0.05
@@ -59,13 +59,24 @@ class OpenModel:
         """
         for complaint in self.complaints:
             warnings.warn(f"skipped a newer checkpoint: {complaint}", stacklevel=depth)
-        if self.ema_error > _OFF:
-            warnings.warn(
-                f"{argument}={self.ema}: the average of the run's snapshots differs by {self.ema_error:.1%} from one of "
-                "that length, in the L2 norm of its profile: train with a smaller ema_snapshot_every, or pass a length "
-                f"nearer to {' or '.join(map(str, LENGTHS))}, which are kept.",
-                stacklevel=depth,
-            )
+        warn_of_average(f"{argument}={self.ema}", self.ema_error, depth + 1)
+
+
+def warn_of_average(asked: str, error: float, depth: int = 3) -> None:
+    """Warn of an average of snapshots whose profile is far from the one that was `asked` for.
+
+    Args:
+        asked: the argument with its value.
+        error: relative error of the profile.
+        depth: calls from here to the one that the warning points to.
+    """
+    if error > _OFF:
+        warnings.warn(
+            f"{asked}: the average of the run's snapshots differs by {error:.1%} from one of that length, in the L2 norm of "
+            "its profile: train with a smaller ema_snapshot_every, or pass a length nearer to "
+            f"{' or '.join(map(str, LENGTHS))}, which are kept.",
+            stacklevel=depth,
+        )
 
 
 def build_denoiser(config: RunConfig) -> Denoiser:

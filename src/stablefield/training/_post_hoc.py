@@ -33,13 +33,16 @@ from torch import Tensor, nn
 from stablefield._atomic_file import write_atomically
 from stablefield._distributed import Ranks
 from stablefield._regular_file import check_safetensors, reason
-from stablefield._shapes import check_kind
+from stablefield._shapes import check_kind, either
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
 from stablefield.training._fully_sharded import whole
 from stablefield.training._records import is_count, parse, seal, unseal
 
 __all__ = ["Profile", "combine", "mixture", "remove_snapshots", "snapshot_steps", "take_snapshot"]
+
+# Steps that an error lists.
+_LISTED = 6
 
 
 class Profile(NamedTuple):
@@ -127,21 +130,25 @@ def combine(folder: Path, length: float, step: int | None = None) -> tuple[dict[
 
     Args:
         folder: folder of the snapshots.
-        length: relative length of the average, above 0 and below 0.28.
-        step: step of the average; the last snapshot's if None.
+        length: relative length of the average, above 0 and below 0.2887.
+        step: step of the average, one with a snapshot; the last one's if None.
 
     Returns:
         The parameters by name, and the relative L2 error of the profile.
 
     Raises:
-        ValueError: if there are no snapshots, one is damaged, or the length is out of range.
+        ValueError: if there are no snapshots, or none of this step, one is damaged, or the length is out of range.
     """
     power_exponent(length)
     found = _snapshots(folder)
     if not found:
         raise ValueError(f"{folder.parent} has no snapshots of averages: train with ema_snapshot_every=STEPS.")
     profiles = [Profile(snapshot.step, each) for snapshot in found for each in snapshot.lengths]
-    wanted = Profile(step or max(profile.step for profile in profiles), length)
+    steps = sorted({snapshot.step for snapshot in found})
+    if step is not None and step not in steps:
+        # Between snapshots the profile is far off: by 50 % with ten of them in the run, by 20 % with 50.
+        raise ValueError(f"step={step} has no snapshot: pass {_some(steps, step)}, or leave it out for the last one.")
+    wanted = Profile(steps[-1] if step is None else step, length)
     coefficients, error = mixture(profiles, wanted)
     shares = dict(zip(profiles, coefficients.tolist(), strict=True))
     sums: dict[str, Tensor] = {}
@@ -152,6 +159,13 @@ def combine(folder: Path, length: float, step: int | None = None) -> tuple[dict[
                 raise _unusable(snapshot.path, f"{name} has a different shape from that in earlier snapshots")
             sums[name] = sums[name] + part if name in sums else part
     return {name: value.to(torch.float32) for name, value in sums.items()}, error
+
+
+def _some(steps: Sequence[int], near: int) -> str:
+    """Steps in words; of many, the nearest."""
+    nearest = sorted(sorted(steps, key=lambda step: abs(step - near))[:_LISTED])
+    more = "" if len(nearest) == len(steps) else f", the nearest of the {len(steps)} from {steps[0]} to {steps[-1]}"
+    return either([str(step) for step in nearest]) + more
 
 
 @dataclass(frozen=True)

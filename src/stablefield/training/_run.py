@@ -32,7 +32,7 @@ from stablefield.training._ema import power_exponent
 from stablefield.training._files import read_tensors, write_tensors
 from stablefield.training._grids import write_animation
 from stablefield.training._loop import Observer, Report, check_watchers, fit
-from stablefield.training._model import OpenModel, open_model
+from stablefield.training._model import OpenModel, open_model, warn_of_average
 from stablefield.training._pace import Pace
 from stablefield.training._plan import place
 from stablefield.training._post_hoc import combine, snapshot_steps
@@ -273,13 +273,14 @@ class Run:
 
         Args:
             length: standard deviation of the average as a share of the run, such as 0.1.
-            step: step of the average; the last snapshot's by default.
+            step: step of the average, one of `snapshot_steps`; the last one by default.
 
         Returns:
-            The safetensors file in RUN/ema, and the relative error of the average's profile.
+            The safetensors file in RUN/ema, and the relative error of the average's profile, of which a warning tells if it
+            is above 5 %.
 
         Raises:
-            ValueError: if the run has no snapshots, or the length is out of range.
+            ValueError: if the run has no snapshots, or none of `step`, or the length is not above 0 and below 0.2887.
 
         References:
             Karras, Aittala, Lehtinen, Hellsten, Aila, Laine, "Analyzing and Improving the Training Dynamics of Diffusion
@@ -301,6 +302,7 @@ class Run:
         path = self.folder.snapshots / f"{name}.safetensors"
         metadata = {"length": f"{length:g}"}
         write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
+        warn_of_average(f"length={length:g}", error)
         return path, error
 
     def snapshot_steps(self) -> list[int]:
