@@ -213,7 +213,7 @@ def test_options_beside_a_loaded_sampler_are_named_and_refused(run: sf.Run, tmp_
     found = r"^steps=100, guidance_scale=3, checkpoint=best: sampler is a RunSampler, .*: pass them to Run\.sampler\.$"
     with pytest.raises(ValueError, match=found):
         run.sample(2, sampler=opened, steps=100, guidance_scale=3, checkpoint="best")
-    others = {"class_label": [0], "ema": "none", "batch": 1, "decode": False, "vae": "x"}
+    others = {"class_label": (0,), "ema": "none", "batch": 1, "decode": False, "vae": "x"}
     for name, value in others.items():
         with pytest.raises(ValueError, match=rf"^{name}={re.escape(str(value))}: sampler is a RunSampler"):
             run.sample(2, sampler=opened, **{name: value})
@@ -522,6 +522,81 @@ def test_class_0_and_an_array_of_classes_are_named_classes(tmp_path: Path) -> No
     counts = np.bincount(unnamed.in_proportion().classes)
     assert counts.tolist() == np.bincount(sf.data.open_images("digits").labels).tolist()
     assert "classes in the proportions of the training data" in unnamed.in_proportion().describe()
+
+
+def test_natural_arguments_of_any_kind_mean_what_plain_ones_mean(tmp_path: Path) -> None:
+    recipe = short(steps=4, conditional=True, checkpoint_every=2, ema_snapshot_every=2, sample_every=0)
+    data = sf.data.open_images("digits", resolution=np.int64(4))
+    run = sf.train(data, out=tmp_path / "run", recipe=recipe, held_out=np.float32(0.125), device="cpu")
+    assert run.config.held_out is not None
+    assert run.config.held_out.share == 0.125
+    assert run.config.opening["resolution"] == 4
+
+    def drawn(seeds: Any = 3, **options: Any) -> np.ndarray:
+        found = run.sample(seeds, steps=2, device="cpu", **options)
+        return np.concatenate([found.images.reshape(len(found.images), -1), found.labels[:, None]], 1)
+
+    for seeds in (np.int64(3), torch.tensor(3), np.arange(3), torch.arange(3), (k for k in range(3))):
+        assert np.array_equal(drawn(seeds), drawn(3))
+    several = (
+        np.array([1, 2]),
+        torch.tensor([1, 2]),
+        [np.int64(1), torch.tensor(2)],
+        np.array(["1", "2"]),
+        range(1, 3),
+    )
+    for given, plain in (
+        *((one, (1, 2)) for one in several),
+        (np.int64(1), 1),
+        (torch.tensor(1), 1),
+        (np.str_("1"), 1),
+    ):
+        assert np.array_equal(drawn(class_label=given), drawn(class_label=plain))
+    best = run.best
+    assert best is not None
+    for checkpoint in (best, np.int64(best), "best"):
+        assert np.array_equal(drawn(checkpoint=checkpoint), drawn(checkpoint=str(best)))
+        assert run.model(checkpoint=checkpoint).step == best
+    assert np.array_equal(drawn(ema=0.05), drawn(ema="0.05"))
+    assert run.model(np.float32(0.05)).ema == "0.05"
+    natural: dict[str, Any] = {"guide": run, "checkpoint": 2, "ema": 0.05}
+    assert SamplerOptions(**natural) == SamplerOptions(guide=run.path, checkpoint="2", ema="0.05")
+    scores = run.evaluate(
+        samples=np.int64(20), references=np.int64(30), repeats=np.int64(1), seed=np.int64(0), feature_batch=np.int64(8),
+        metrics=["frechet"], extractor=RawPixels((1, 4, 4)), data=data, sampler=SamplerOptions(steps=2), device="cpu",
+        cache=False,
+    )  # fmt: skip
+    scores.save(tmp_path / "scores.json")
+    assert run.resume(steps=np.int64(6), device="cpu").step == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({"seeds": None}, TypeError, "seeds is None: pass how many images, or their seeds"),
+        ({"seeds": 2.5}, ValueError, "seeds=2.5: pass a whole number"),
+        ({"seeds": [True]}, TypeError, r"seeds\[0\] is the bool True"),
+        ({"checkpoint": None}, TypeError, "checkpoint is None: pass newest, best, or a step"),
+        ({"checkpoint": 4.0}, TypeError, "checkpoint is a float: pass newest, best, or a step"),
+        ({"checkpoint": -4}, ValueError, "checkpoint=-4: pass a whole number of at least 0"),
+        ({"ema": None}, TypeError, "ema is None: pass half-life, none, or a length"),
+        ({"class_label": {}}, TypeError, "class_label is a dict: pass the name or number of a class"),
+        ({"class_label": [1.5]}, ValueError, r"class_label\[0\]=1.5: pass a whole number"),
+        ({"batch": None}, TypeError, "batch is None: pass a whole number"),
+        ({"guidance_scale": None}, TypeError, "guidance_scale is None: pass a number"),
+    ],
+)
+def test_other_arguments_are_refused_by_name(
+    run: sf.Run, tmp_path: Path, given: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=f"^{said}"):
+        run.sample(**({"steps": 2, "device": "cpu"} | given))
+    if given.keys() <= {"checkpoint", "ema"}:
+        with pytest.raises(kind, match=f"^{said}"):
+            run.model(**given)
+        with pytest.raises(kind, match=f"^{said}"):
+            run.export(tmp_path / "export", format="plain", **given)
+        assert not (tmp_path / "export").exists()
 
 
 def test_the_animation_of_a_run_in_progress_has_the_grids_since_its_checkpoint(tmp_path: Path) -> None:

@@ -291,9 +291,9 @@ def open_images(
             raise ValueError(f"resolution is {resolution}: pass one side of squares, or (height, width).")
         resolution = sides
     elif resolution is not None:
-        whole_number("resolution", resolution, 1)
+        resolution = whole_number("resolution", resolution, 1)
     if limit is not None:
-        whole_number("limit", limit, 1)
+        limit = whole_number("limit", limit, 1)
     if cache is not None:
         check_kind("cache", cache, (str, Path), "a folder")
         cache = Path(cache)

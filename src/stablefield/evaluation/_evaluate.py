@@ -129,15 +129,11 @@ def evaluate(
         DamagedCacheWarning: if cached features are damaged; they are recomputed.
     """
     chosen = _chosen(metrics, classifier)
-    for name, value, least in (
-        ("count", count, 1),
-        ("references", references, 2),
-        ("repeats", repeats, 1),
-        ("batch", batch, 1),
-        ("seed", seed, 0),
-    ):
-        if value is not None or name not in ("count", "references"):
-            whole_number(name, value, least)
+    # Numbers of NumPy become plain ones, as torch and records take them.
+    count = None if count is None else whole_number("count", count, 1)
+    references = None if references is None else whole_number("references", references, 2)
+    repeats, batch = whole_number("repeats", repeats, 1), whole_number("batch", batch, 1)
+    seed = whole_number("seed", seed, 0)
     for name, network in (("extractor", extractor), ("classifier", classifier)):
         if network is not None and not (callable(network) and hasattr(network, "sha256")):
             raise TypeError(f"{name} is a {type(network).__name__}: pass an Extractor, such as RandomConvolutions().")

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -261,8 +262,8 @@ class SongUNet(nn.Module):
 
 
 def _height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(resolution, int):
-        return resolution, resolution
+    if isinstance(resolution, int | np.integer):
+        return int(resolution), int(resolution)
     remedy = "the side of square images, or their height and width"
     check_kind("resolution", resolution, Sequence, remedy)
     if len(resolution) != 2:

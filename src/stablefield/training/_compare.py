@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,10 @@ def compare(
         raise ValueError(
             "compare runs in one process, and several were started: start it without torchrun or accelerate launch."
         )
-    if isinstance(seeds, int):
-        seeds = range(whole_number("seeds", seeds, 1))
-    wanted = [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(seeds)]
+    given: Any = seeds
+    if isinstance(given, Real):
+        given = range(whole_number("seeds", given, 1))
+    wanted = [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(given)]
     if not wanted or len(set(wanted)) < len(wanted):
         raise ValueError(f"seeds={wanted}: pass at least one seed, and every seed once.")
     if evaluations is not None:

@@ -2,11 +2,14 @@
 
 import warnings
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from stablefield._shapes import check_kind
 from stablefield.diffusion._importance_sampling import ImportanceSampling
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._checkpoint import CheckpointError, Trained, load_weights
@@ -15,10 +18,10 @@ from stablefield.training._files import tensor_shapes
 from stablefield.training._fully_sharded import shard
 from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._run_config import RunConfig
-from stablefield.training._run_folder import RunFolder
+from stablefield.training._run_folder import RunFolder, checkpoint_name
 from stablefield.training._seeding import Purpose, generator_for
 
-__all__ = ["OpenModel", "build_denoiser", "open_model", "require_fit", "untrained", "warn_of_average"]
+__all__ = ["OpenModel", "average_name", "build_denoiser", "open_model", "require_fit", "untrained", "warn_of_average"]
 
 # Relative error of an average's profile above which it is no longer the average that was asked for.
 _OFF = 0.05
@@ -79,6 +82,18 @@ def warn_of_average(asked: str, error: float, depth: int = 3) -> None:
         )
 
 
+def average_name(name: str, value: Any) -> str:
+    """The argument `name` that chooses an average of the weights, "half-life", "none" or a length, as a string.
+
+    Raises:
+        TypeError: if it is neither a string nor a number.
+    """
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return f"{float(value):g}"
+    check_kind(name, value, str, "half-life, none, or a length such as 0.1")
+    return str(value)
+
+
 def build_denoiser(config: RunConfig) -> Denoiser:
     """The denoiser of a run with its initial weights, a function of the seed."""
     recipe = config.recipe
@@ -118,7 +133,7 @@ def untrained(
 
 
 def open_model(
-    path: Path, ema: str = "half-life", device: torch.device | str = "cpu", checkpoint: str = "newest"
+    path: Path, ema: str | float = "half-life", device: torch.device | str = "cpu", checkpoint: str | int = "newest"
 ) -> OpenModel:
     """Open a model of a run, by default the newest.
 
@@ -132,6 +147,7 @@ def open_model(
     Raises:
         ValueError: if there is no run or no whole checkpoint, or the average is unknown, with what there is.
     """
+    ema, checkpoint = average_name("ema", ema), checkpoint_name(checkpoint)
     folder = RunFolder.open(path)
     config = folder.config()
 

@@ -184,8 +184,8 @@ def _held_out(
 ) -> tuple[HeldOut | None, ImageSet | None]:
     if held_out is None:
         return None, None
-    if isinstance(held_out, int | float):
-        return HeldOut.part(held_out, data, recipe), None
+    if isinstance(held_out, int | float | np.number):
+        return HeldOut.part(float(held_out), data, recipe), None
     if isinstance(held_out, str | Path):
         others = open_images(held_out, **data.reading)
     else:

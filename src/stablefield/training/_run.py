@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from stablefield._atomic_file import write_atomically
 from stablefield._progress import Progress
@@ -32,16 +34,16 @@ from stablefield.training._ema import power_exponent
 from stablefield.training._files import read_tensors, write_tensors
 from stablefield.training._grids import write_animation
 from stablefield.training._loop import Observer, Report, check_watchers, fit
-from stablefield.training._model import OpenModel, open_model, warn_of_average
+from stablefield.training._model import OpenModel, average_name, open_model, warn_of_average
 from stablefield.training._pace import Pace
 from stablefield.training._plan import place
 from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_data import check_vae, existing, held_out_data, open_own, open_part, training_data
-from stablefield.training._run_folder import RunFolder
+from stablefield.training._run_folder import RunFolder, checkpoint_name
 from stablefield.training._run_report import RunReport, read_report
 from stablefield.training._run_source import RunSource
-from stablefield.training._sampler import RunSampler, SamplerOptions, open_sampler
+from stablefield.training._sampler import RunSampler, SamplerOptions, labels_named, open_sampler
 from stablefield.training._samples import Samples
 
 if TYPE_CHECKING:
@@ -100,16 +102,16 @@ class Run:
         return list(self.folder.metrics())
 
     def model(
-        self, ema: str = "half-life", device: torch.device | str = "cpu", checkpoint: str = "newest"
+        self, ema: str | float = "half-life", device: torch.device | str = "cpu", checkpoint: str | int = "newest"
     ) -> OpenModel:
         """Load a model, by default the newest.
 
         Args:
             ema: "half-life" for the average by EDM's rule, "none" for the weights of the last step, or a length such as
-                "0.1" for an average made from the run's snapshots; warns if it differs by more than 5 % from that length.
+                0.1 for an average made from the run's snapshots; warns if it differs by more than 5 % from that length.
             device: where to load it.
             checkpoint: "newest"; "best" for the one with the lowest held-out loss, in a run with `held_out`; or a step that
-                is kept, such as "4000".
+                is kept, such as 4000.
 
         Raises:
             ValueError: if the run has no intact checkpoint, or no such checkpoint or average.
@@ -120,14 +122,14 @@ class Run:
 
     def sample(
         self,
-        seeds: int | Sequence[int] = 64,
+        seeds: int | Sequence[int] | NDArray[Any] | Tensor = 64,
         *,
         sampler: SamplerName | SamplerOptions | RunSampler = "heun",
         steps: int | None = None,
         guidance_scale: float = 1.0,
-        class_label: str | int | Sequence[str | int] | None = None,
-        ema: str = "half-life",
-        checkpoint: str = "newest",
+        class_label: str | int | Sequence[str | int] | NDArray[Any] | Tensor | None = None,
+        ema: str | float = "half-life",
+        checkpoint: str | int = "newest",
         batch: int = 256,
         decode: bool = True,
         vae: str | Path = "",
@@ -167,11 +169,11 @@ class Run:
         sampler: SamplerName | SamplerOptions | RunSampler = "heun",
         steps: int | None = None,
         guidance_scale: float = 1.0,
-        class_label: str | int | Sequence[str | int] | None = None,
-        ema: str = "half-life",
+        class_label: str | int | Sequence[str | int] | NDArray[Any] | Tensor | None = None,
+        ema: str | float = "half-life",
         batch: int = 256,
         device: torch.device | str | None = None,
-        checkpoint: str = "newest",
+        checkpoint: str | int = "newest",
         *,
         decode: bool = True,
         vae: str | Path = "",
@@ -180,10 +182,10 @@ class Run:
         options = SamplerOptions(
             steps=steps,
             guidance_scale=guidance_scale,
-            class_label=() if class_label is None else class_label,
-            ema=ema,
+            class_label=() if class_label is None else labels_named(class_label),
+            ema=average_name("ema", ema),
             batch=batch,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint_name(checkpoint),
             decode=decode,
             vae=str(vae),
         )
@@ -318,8 +320,8 @@ class Run:
         folder: str | Path,
         *,
         format: Literal["diffusers", "plain"] = "diffusers",  # noqa: A002
-        ema: str = "half-life",
-        checkpoint: str = "newest",
+        ema: str | float = "half-life",
+        checkpoint: str | int = "newest",
         name: str = "",
         samples: int = 64,
         steps: int = 18,

@@ -92,7 +92,8 @@ class RunConfig:
             ValueError: if `steps` is not above the steps that are done.
         """
         before = self.recipe.steps
-        if whole_number("steps", steps, 1) == before:
+        steps = whole_number("steps", steps, 1)
+        if steps == before:
             return self
         if steps <= done:
             raise ValueError(

@@ -11,15 +11,17 @@ import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+from stablefield._shapes import check_kind, whole_number
 from stablefield.training._checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training._lock import Holder, Lock
 from stablefield.training._records import append_line, has_type, is_count, read_lines, write_lines, write_record
 from stablefield.training._run_config import RunConfig
 
-__all__ = ["TRACKED", "HasFolder", "RunFolder", "is_run"]
+__all__ = ["TRACKED", "HasFolder", "RunFolder", "checkpoint_name", "is_run"]
 
 TRACKED = "stablefield"
 """The project's name for trackers, and the folder in the run's folder that TensorBoard's events go to."""
@@ -44,6 +46,22 @@ Value = TypeVar("Value")
 def is_run(path: str | Path) -> bool:
     """Whether this is the folder of a run."""
     return (Path(path) / "config.json").is_file()
+
+
+def checkpoint_name(value: Any) -> str:
+    """The argument `checkpoint`, "newest", "best" or a step, as a string.
+
+    Raises:
+        TypeError: if it is neither a string nor a whole number.
+        ValueError: if it is another string, or a negative number.
+    """
+    remedy = "newest, best, or a step"
+    if isinstance(value, Integral):
+        return str(whole_number("checkpoint", value, 0))
+    check_kind("checkpoint", value, str, remedy)
+    if value not in ("newest", "best") and not value.isdecimal():
+        raise ValueError(f"checkpoint={value!r:.40}: pass {remedy}.")
+    return str(value)
 
 
 class RunFolder:
@@ -272,17 +290,16 @@ class RunFolder:
             "checkpoint_every, or wait for the run to end."
         )
 
-    def read_checkpoint(self, which: str, read: Callable[[Path], Value]) -> tuple[Value, State, list[str]] | None:
+    def read_checkpoint(self, which: str | int, read: Callable[[Path], Value]) -> tuple[Value, State, list[str]] | None:
         """As `read_newest` for "newest"; else what `read` returns for the "best" checkpoint, or that of a step, its state.
 
         Raises:
             ValueError: if there is no such checkpoint; names those that there are.
             CheckpointError: if it is damaged.
         """
+        which = checkpoint_name(which)
         if which == "newest":
             return self.read_newest(read)
-        if which != "best" and not which.isdecimal():
-            raise ValueError(f"checkpoint={which!r:.40}: pass newest, best, or a step.")
         for attempt in range(_ATTEMPTS):
             best = self.best() if which == "best" else None
             step = best[0] if best is not None else int(which) if which.isdecimal() else None

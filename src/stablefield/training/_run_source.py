@@ -42,8 +42,7 @@ class RunSource(SampleSource):
     """
 
     def __init__(self, sampler: RunSampler, name: str, samples: int = 5000, seed: int = 0) -> None:
-        whole_number("samples", samples, 1)
-        whole_number("seed", seed, 0)
+        samples, seed = whole_number("samples", samples, 1), whole_number("seed", seed, 0)
         sampler = sampler.in_proportion()
         self._sampler, self._seed = sampler, seed
         config = sampler.config

@@ -5,18 +5,21 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield._distributed import Ranks
 from stablefield._progress import Progress
-from stablefield._shapes import as_device, found_device, whole_number
+from stablefield._shapes import as_device, check_kind, flag, found_device, number, whole_number
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import class_text
 from stablefield.diffusion._process import Process
@@ -24,12 +27,13 @@ from stablefield.sampling._guidance import autoguidance, classifier_free
 from stablefield.sampling._seeded_images import chunks_of, draw, in_turn, to_uint8
 from stablefield.sampling._solver_loop import Denoise
 from stablefield.sampling._solvers import SamplerName, SolverOptions, option_text
-from stablefield.training._model import OpenModel, open_model
+from stablefield.training._model import OpenModel, average_name, open_model
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_data import check_vae
+from stablefield.training._run_folder import checkpoint_name
 from stablefield.training._samples import Samples
 
-__all__ = ["RunSampler", "SamplerOptions", "open_sampler"]
+__all__ = ["RunSampler", "SamplerOptions", "labels_named", "open_sampler"]
 
 # Most classes that an error lists.
 _LISTED = 20
@@ -64,6 +68,19 @@ class SamplerOptions(SolverOptions):
     """The autoencoder's folder or name on a hub, if it has moved, or for an imported network, which does not know its
     place."""
 
+    def __post_init__(self) -> None:
+        # As the command gives them.
+        plain = {
+            "class_label": labels_named(self.class_label),
+            "guide": None if self.guide is None else Path(getattr(self.guide, "path", self.guide)),
+            "ema": average_name("ema", self.ema),
+            "guide_ema": average_name("guide_ema", self.guide_ema),
+            "checkpoint": checkpoint_name(self.checkpoint),
+            "vae": str(self.vae),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
     def check(self) -> None:
         """Check that the options fit together, before loading anything.
 
@@ -71,12 +88,11 @@ class SamplerOptions(SolverOptions):
             ValueError: naming the option.
         """
         super().check()
-        if self.batch < 1:
-            raise ValueError(f"batch={self.batch}: it must be at least 1.")
+        whole_number("batch", self.batch, 1)
+        number("guidance_scale", self.guidance_scale)
+        flag("decode", self.decode)
         if self.vae and not self.decode:
             raise ValueError(f"vae={self.vae} does nothing with decode=False: leave one of the two out.")
-        if self.checkpoint not in ("newest", "best") and not self.checkpoint.isdecimal():
-            raise ValueError(f"checkpoint={self.checkpoint!r:.40}: pass newest, best, or a step.")
         for name in ("guide", "guidance_interval"):
             value = getattr(self, name)
             if value is not None and self.guidance_scale == 1:
@@ -295,7 +311,11 @@ class RunSampler:
         """The run's configuration."""
         return self.model.config
 
-    def sample(self, seeds: int | Sequence[int], progress: Callable[[Progress], object] | None = None) -> Samples:
+    def sample(
+        self,
+        seeds: int | Sequence[int] | NDArray[Any] | Tensor,
+        progress: Callable[[Progress], object] | None = None,
+    ) -> Samples:
         """Draw the images of seeds, or of so many seeds from 0 on; processes share them, and each gets all.
 
         Raises:
@@ -396,10 +416,7 @@ def open_sampler(
             own, since they would be ignored.
     """
     both = [(field.name, getattr(options, field.name), field.default) for field in fields(options)]
-    # An array of classes is not compared.
-    given = [
-        f"{name}={value}" for name, value, usual in both if isinstance(value, np.ndarray | Tensor) or value != usual
-    ]
+    given = [f"{name}={value}" for name, value, usual in both if value != usual]
     remedy = "and sampler holds all options: set them in its SamplerOptions"
     if isinstance(sampler, RunSampler):
         where = None if device is None else as_device("device", device)
@@ -426,9 +443,30 @@ def open_sampler(
     return opened
 
 
-def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    if isinstance(seeds, int):
+def labels_named(class_label: Any) -> str | int | tuple[str | int, ...]:
+    """The argument `class_label`, one class or several, names or whole numbers of any kind, in plain Python.
+
+    Raises:
+        TypeError: if it is anything else.
+        ValueError: if a number is not whole.
+    """
+    given = class_label.tolist() if isinstance(class_label, np.ndarray | np.generic | Tensor) else class_label
+    if isinstance(given, str | Real):
+        return _label("class_label", given)
+    check_kind("class_label", given, Sequence, "the name or number of a class, or several")
+    return tuple(_label(f"class_label[{k}]", one) for k, one in enumerate(given))
+
+
+def _label(name: str, given: Any) -> str | int:
+    given = given.item() if isinstance(given, Tensor) and given.ndim == 0 else given
+    return str(given) if isinstance(given, str) else whole_number(name, given)
+
+
+def _seeds(seeds: Any) -> list[int]:
+    seeds = seeds.tolist() if isinstance(seeds, np.ndarray | np.generic | Tensor) else seeds
+    if isinstance(seeds, Real):
         return list(range(whole_number("seeds", seeds, 1)))
+    check_kind("seeds", seeds, Iterable, "how many images, or their seeds, such as range(64)")
     return [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(seeds)]
 
 
