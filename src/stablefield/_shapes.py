@@ -7,6 +7,7 @@ The checks examine types, dtypes and layouts, never the numbers in a tensor, so 
 """
 
 import os
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -101,13 +102,17 @@ def check_tensor(
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {_a(value)}: pass a tensor{_made_of(name, value)}.")
     if value.layout != torch.strided or value.is_nested:
-        raise TypeError(f"{name} is a tensor of layout {value.layout}: pass a dense one ({name}.to_dense()).")
+        raise TypeError(
+            f"{name} is a tensor of layout {value.layout}: pass a dense one ({_variable(name)}.to_dense())."
+        )
     if floating and not value.is_floating_point():
-        raise ValueError(f"{name} has dtype {value.dtype}: pass floating point numbers ({name}.float()).")
+        raise ValueError(f"{name} has dtype {value.dtype}: pass floating point numbers ({_variable(name)}.float()).")
     if real and (value.is_complex() or value.dtype == torch.bool):
         raise ValueError(f"{name} has dtype {value.dtype}: pass real numbers.")
     if batch and value.ndim == 0:
-        raise ValueError(f"{name} has shape (): pass a batch, shape (B, ...); {name}[None] is a batch of one row.")
+        raise ValueError(
+            f"{name} has shape (): pass a batch, shape (B, ...); {_variable(name)}[None] is a batch of one row."
+        )
     if numbers and value.device.type == "meta":
         raise ValueError(f"{name} is on the device meta, which holds no numbers: move the data to cpu or cuda.")
 
@@ -344,7 +349,14 @@ def _article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
+def _variable(name: str) -> str:
+    """The argument in code: `sigmas` of "euler: sigmas", and x of what has only a description."""
+    last = name.rpartition(": ")[2]
+    return last if re.fullmatch(r"[\w.\[\]]+", last) else "x"
+
+
 def _made_of(name: str, value: Any) -> str:
+    name = _variable(name)
     if isinstance(value, np.ndarray):
         return f" (torch.from_numpy({name}))"
     if isinstance(value, list | tuple):

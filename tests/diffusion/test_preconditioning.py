@@ -111,6 +111,12 @@ def test_a_denoiser_is_skip_x_plus_out_times_the_network_at_the_scaled_input(pre
     np.testing.assert_allclose(estimate.detach(), skip * x.numpy() + out * np.cos(into * x.numpy()), rtol=1e-9)
 
 
+@pytest.mark.parametrize("sigma", [-0.5, math.nan, -math.inf])
+def test_a_float_that_is_no_noise_level_is_refused(sigma):
+    with pytest.raises(ValueError, match=rf"^sigma={sigma}: pass a noise level, sigma / alpha, of 0 or more"):
+        sf.Denoiser(Recorder())(batch()[0], sigma)
+
+
 def test_edm_is_the_default():
     assert sf.Denoiser(Recorder()).preconditioning == sf.EDMPreconditioning(sigma_data=0.5)
 

@@ -289,6 +289,14 @@ def test_rows_with_a_dropped_label_have_the_floor_of_all_samples():
         sf.ExcessLoss(data).of(row_loss, level, seen)
 
 
+@pytest.mark.parametrize("odd", [-0.5, math.nan, -math.inf])
+def test_noise_levels_that_are_none_are_refused(odd):
+    measured = sf.ExcessLoss(torch.randn(6, 2, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match=rf"^noise_level holds {odd:g}: pass sigma / alpha of each row, 0 or more"):
+        measured.of(torch.ones(3), torch.tensor([0.0, 1.0, odd]))
+    assert measured.of(torch.ones(2), torch.tensor([0.0, 1.0])).isfinite().all()
+
+
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda process: type(process).__name__)
 @pytest.mark.parametrize("weighting", [None, sf.SNRWeighting(), sf.EDMWeighting()])
 def test_at_a_noise_level_of_0_there_is_no_floor(process, weighting):

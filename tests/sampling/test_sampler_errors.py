@@ -49,6 +49,12 @@ def test_a_grid_that_is_none_is_refused(name, sigmas, message):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_a_hint_on_a_list_is_code_that_runs(name):
+    with pytest.raises(TypeError, match=rf"^{name}: sigmas is a list: pass a tensor \(torch\.tensor\(sigmas\), or"):
+        SAMPLERS[name](identity, torch.zeros(2, 3), [5.0, 2.0])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize(
     ("x", "message"),
     [

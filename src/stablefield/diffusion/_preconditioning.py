@@ -26,6 +26,7 @@ from stablefield._shapes import (
     check_kind,
     check_numbers,
     check_tensor,
+    number,
     per_row,
     row_values,
     whole_number,
@@ -257,8 +258,13 @@ class Denoiser(nn.Module):
 
         Returns:
             The estimate, of the shape and dtype of x (float32 if x is of lower precision).
+
+        Raises:
+            ValueError: if a float `sigma` is negative or NaN; a tensor is not read, since a GPU would have to wait for it.
         """
         check_tensor("x", x, floating=True, batch=True)
+        if not isinstance(sigma, Tensor) and not number("sigma", sigma) >= 0:
+            raise ValueError(f"sigma={sigma}: pass a noise level, sigma / alpha, of 0 or more.")
         dtype = torch.promote_types(x.dtype, torch.float32)
         inner = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), dtype)
         with torch.autocast(x.device.type, enabled=False):

@@ -243,7 +243,8 @@ class ExcessLoss:
 
         Raises:
             TypeError: if an argument is not a tensor.
-            ValueError: if shapes differ, or labels are below -1, or given to an `ExcessLoss` without labels.
+            ValueError: if shapes differ, a noise level is negative or NaN, or labels are below -1, or given to an
+                `ExcessLoss` without labels.
         """
         check_tensor("row_loss", row_loss, real=True, numbers=True)
         check_tensor("noise_level", noise_level, real=True, numbers=True)
@@ -253,6 +254,10 @@ class ExcessLoss:
                 "each loss."
             )
         level = noise_level.detach().cpu()
+        if not bool((level >= 0).all()):
+            raise ValueError(
+                f"noise_level holds {float(level[~(level >= 0)][0]):g}: pass sigma / alpha of each row, 0 or more."
+            )
         floor = self.floor(level)
         if labels is not None:
             hidden = self._hidden(labels, row_loss)
