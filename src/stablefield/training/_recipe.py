@@ -20,7 +20,7 @@ from stablefield.networks._diffusers_unet import DiffusersUNet
 from stablefield.networks._mlp import MLP
 from stablefield.networks._sit import SIT_SIZES, SiT
 from stablefield.networks._song_unet import SongUNet
-from stablefield.training._records import settle
+from stablefield.training._records import check_fields
 
 __all__ = ["DiffusersUNetConfig", "MLPConfig", "Recipe", "SiTConfig", "SongUNetConfig"]
 
@@ -62,7 +62,7 @@ class MLPConfig:
     """Share of hidden values dropped in training."""
 
     def __post_init__(self) -> None:
-        settle(self, "network.")
+        check_fields(self, "network.")
         _require_at_most("depth", self.depth, _MOST_BLOCKS)
 
     def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
@@ -92,7 +92,7 @@ class SongUNetConfig:
     """Share of values dropped within a block in training."""
 
     def __post_init__(self) -> None:
-        settle(self, "network.")
+        check_fields(self, "network.")
         _require_at_most("blocks", self.blocks, _MOST_BLOCKS)
         _require_at_most("multipliers", len(self.multipliers), _MOST_LEVELS, "levels")
 
@@ -137,7 +137,7 @@ class DiffusersUNetConfig:
     """Share of values dropped within a block in training."""
 
     def __post_init__(self) -> None:
-        settle(self, "network.")
+        check_fields(self, "network.")
         _require_at_most("blocks", self.blocks, _MOST_BLOCKS)
         _require_at_most("widths", len(self.widths), _MOST_LEVELS, "levels")
 
@@ -191,7 +191,7 @@ class SiTConfig:
     """Compute the blocks again in the backward pass, to save memory."""
 
     def __post_init__(self) -> None:
-        settle(self, "network.")
+        check_fields(self, "network.")
         _require_at_most("depth", self.depth, _MOST_BLOCKS)
 
     @classmethod
@@ -326,7 +326,7 @@ class Recipe:
     """Scalings around the network."""
 
     def __post_init__(self) -> None:
-        settle(self)
+        check_fields(self)
         if isinstance(self.references, int) and self.references < 1:
             raise ValueError(f"references is {self.references}: it must be at least 1, or all, or auto.")
         for name, value in vars(self).items():

@@ -24,6 +24,7 @@ from stablefield._shapes import check_choice, check_kind, either, flag, number, 
 
 __all__ = [
     "append_line",
+    "check_fields",
     "from_record",
     "has_type",
     "is_count",
@@ -31,7 +32,6 @@ __all__ = [
     "read_lines",
     "read_record",
     "seal",
-    "settle",
     "unseal",
     "write_lines",
     "write_record",
@@ -226,7 +226,7 @@ def has_type(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def settle(config: Any, prefix: str = "") -> None:
+def check_fields(config: Any, prefix: str = "") -> None:
     """Check each field of a frozen dataclass against its type, and make plain Python of NumPy's numbers and of lists.
 
     So what the dataclass holds can be written as JSON, and read again.
@@ -239,11 +239,11 @@ def settle(config: Any, prefix: str = "") -> None:
         TypeError: naming the field, its value and what it takes, if its value has another type.
         ValueError: if it is none of the field's choices, or not whole.
     """
-    for name, value in _settled(config, prefix).items():
+    for name, value in _changed_fields(config, prefix).items():
         object.__setattr__(config, name, value)
 
 
-def _settled(config: Any, prefix: str) -> dict[str, Any]:
+def _changed_fields(config: Any, prefix: str) -> dict[str, Any]:
     """The fields whose plain values are other objects."""
     hints = get_type_hints(type(config))
     given = {entry.name: getattr(config, entry.name) for entry in fields(config)}
@@ -281,7 +281,7 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
     # A file of a dataclass's own subclass could not be read again.
     exact = tuple(each for each in kinds if each is type(value) or not is_dataclass(each))
     check_kind(name, value, exact, either([f"{each.__name__}(...)" for each in kinds]))
-    changed = _settled(value, f"{name}.") if is_dataclass(value) else {}
+    changed = _changed_fields(value, f"{name}.") if is_dataclass(value) else {}
     return replace(value, **changed) if changed else value
 
 
