@@ -78,6 +78,79 @@ def test_a_run_of_points_begins_with_the_weights_of_another_and_its_own_scaling(
         assert value == pytest.approx(theirs[name], rel=1e-6), name
     with pytest.raises(ValueError, match="train on samples of 2, as the source"):
         sf.train(np.random.randn(99, 3, 2), recipe=dataclasses.replace(recipe, batch=9, conditional=False), init=points)
+    # Other units: the scaling of the source would be wrong, and both are named.
+    note = run.config.initial.notes[-1]  # after that on classes by number
+    assert "another scaling, mean 12" in note
+    assert "than this run, mean 12" in note
+
+
+def edm_loss(denoiser, x: np.ndarray, labels: np.ndarray) -> float:
+    """EDM's loss of scaled values (n, 2), on noise that depends on nothing else."""
+    rng = np.random.default_rng(0)
+    sigma = np.exp(rng.normal(-1.2, 1.2, len(x)))[:, None]
+    noisy = torch.from_numpy(x + sigma * rng.normal(size=x.shape)).float()
+    with torch.no_grad():
+        found = denoiser(noisy, torch.from_numpy(sigma[:, 0]).float(), class_labels=torch.from_numpy(labels)).numpy()
+    return float(((sigma**2 + 0.25) / (0.5 * sigma) ** 2 * (found - x) ** 2).mean())
+
+
+@pytest.mark.parametrize("source", ["run", "export"])
+def test_copied_weights_see_data_in_the_same_units_as_their_source_saw_its_own(source, points, tmp_path):
+    values, labels = mixture(400, seed=1)
+    part = values[labels == 1] + np.float32(0.3)
+    init = points if source == "run" else points.export(tmp_path / "export", format="plain", samples=0)
+    recipe = dataclasses.replace(RECIPE, steps=1, batch=64, learning_rate=1e-30)
+    given = {"labels": np.ones(len(part), np.int64), "recipe": recipe, "init": init, "device": "cpu"}
+    run = sf.train(part, out=tmp_path / "next", **given)
+    theirs, data = points.config.scaling, run.config.numbered(make_array_set(part))
+    seen = data.scaled(slice(None))
+    old, new = points.model().denoiser, run.model("none").denoiser
+    expected, own = (
+        edm_loss(old, (part.astype(np.float64) - mean) / (2 * std), given["labels"])
+        for mean, std in ((np.array(theirs.mean), np.array(theirs.std)), (part.mean(0), part.std(0)))
+    )
+    assert edm_loss(new, seen, given["labels"]) == pytest.approx(expected, rel=1e-4)
+    assert expected < own / 2
+    # So it draws what the source draws, in the units of the data.
+    one, two = (each.sample(8, class_label=1, steps=6, device="cpu").images for each in (points, run))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
+    note = run.config.initial.notes[-1]  # after that on classes by number
+    assert note.startswith(f"scaling: that of the source, mean {theirs.mean[0]:.4g}, {theirs.mean[1]:.4g}, std ")
+    assert f"that of the data alone would be mean {part[:, 0].mean():.4g}, " in note
+    assert run.resume(steps=2, data=make_array_set(part, given["labels"])).config.scaling.std == theirs.std
+
+
+def make_array_set(values: np.ndarray, labels: np.ndarray | None = None) -> sf.data.ImageSet:
+    return sf.data.make_image_set(values, labels, sf.data.Origin(name="x", source="y"))
+
+
+def test_weights_of_images_on_float_data_and_the_reverse_are_noted(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 3, 4, 4), np.uint8)
+    recipe = Recipe(steps=1, batch=8, noise_band=0.0, sample_every=0, network=MLPConfig(width=8, depth=1))
+    kinds = {"images": make_array_set(pixels), "floats": make_array_set(pixels.astype(np.float32) / 127.5 - 1)}
+    runs = {name: sf.train(data, recipe=recipe, out=tmp_path / name, device="cpu") for name, data in kinds.items()}
+    for name, other in (("images", "floats"), ("floats", "images")):
+        for init in (runs[name], runs[name].export(tmp_path / f"{name}-export", format="plain", samples=0)):
+            notes = make_plan(kinds[other], recipe, init=init, device="cpu").config.initial.notes
+            assert len(notes) == 1
+            assert "images, whose bytes v mean v / 127.5 - 1" in notes[0], notes
+            assert "float data, scaled from mean " in notes[0]
+            assert make_plan(kinds[name], recipe, init=init, device="cpu").config.initial.notes == ()
+
+
+def test_a_channel_that_was_constant_in_the_source_keeps_what_it_holds_now(tmp_path):
+    values = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    constant = values * np.float32([1, 1, 0])
+    recipe = Recipe(steps=1, batch=8, noise_band=0.0, sample_every=0, network=MLPConfig(width=8, depth=1))
+    source = sf.train(constant, recipe=recipe, out=tmp_path / "source", device="cpu")
+    plan = make_plan(make_array_set(values), recipe, init=source, device="cpu")
+    assert plan.config.scaling.std == pytest.approx(values.astype(np.float64).std(0), rel=1e-6)
+    assert "another scaling" in plan.config.initial.notes[0]
+    # The reverse is a constant of the source's scaling.
+    varied = sf.train(values, recipe=recipe, out=tmp_path / "varied", device="cpu")
+    plan = make_plan(make_array_set(constant), recipe, init=varied, device="cpu")
+    assert plan.config.scaling == varied.config.scaling
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

@@ -338,6 +338,42 @@ def test_files_and_exports_are_sources_too_with_the_names_of_their_classes(tmp_p
     assert all(torch.equal(weights[name], value) for name, value in load_file(raw).items())
 
 
+@pytest.mark.parametrize("format_", ["run", "plain", "diffusers"])
+def test_a_source_says_in_which_preconditioning_it_was_trained(format_: str, tmp_path: Path) -> None:
+    for k, kind in enumerate((sf.VPPreconditioning(0.2, 15.0), sf.EDMPreconditioning(0.4))):
+        run = train(tmp_path / f"run{k}", images(), recipe=dataclasses.replace(TINY, preconditioning=kind))
+        out = tmp_path / f"export{k}"
+        init = run if format_ == "run" else run.export(out, format=format_, samples=0)
+        found = sf.training.make_plan(images(), TINY, init=init, device="cpu").config.initial
+        assert found is not None
+        assert found.notes == (f"the source was trained in {kind}, this run trains in {TINY.preconditioning}.",)
+        same = dataclasses.replace(TINY, preconditioning=kind)
+        assert sf.training.make_plan(images(), same, init=init, device="cpu").config.initial.notes == ()
+
+
+def test_a_pipeline_of_diffusers_own_network_states_edm_and_one_of_another_program_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    run = train(tmp_path / "run", images(), NETWORKS["diffusers"])
+    folder = run.export(tmp_path / "pipeline", samples=0)
+    recipe = dataclasses.replace(run.config.recipe, preconditioning=sf.EDMPreconditioning(0.3))
+    notes = sf.training.make_plan(images(), recipe, init=folder, device="cpu").config.initial.notes
+    assert notes == (
+        f"the source was trained in {sf.EDMPreconditioning(0.5)}, this run trains in {recipe.preconditioning}.",
+    )
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "DDPMPipeline"}))
+    assert sf.training.make_plan(images(), recipe, init=folder, device="cpu").config.initial.notes == ()
+    (folder / "model_index.json").write_text(json.dumps({**index, "scaling": {"mean": [0]}}))
+    with pytest.raises(
+        ValueError, match=r"^init=.*model_index\.json cannot be used: its scaling is damaged.*name the folder"
+    ):
+        sf.training.make_plan(images(), recipe, init=folder, device="cpu")
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"sigma_data": "x"}))
+    with pytest.raises(ValueError, match=r"^init=.*scheduler_config\.json cannot be used: .*sigma_data"):
+        sf.training.make_plan(images(), recipe, init=folder, device="cpu")
+
+
 def test_an_imported_network_is_trained_on(tmp_path: Path) -> None:
     network = sf.networks.SongUNet.ddpmpp(8, 1, 8, (1, 2), 1, generator=torch.Generator().manual_seed(0))
     torch.save(network.state_dict(), tmp_path / "published.pt")

@@ -462,6 +462,33 @@ def test_an_imported_network_is_decoded_by_the_autoencoder_that_the_caller_names
         imported.sample(2, vae=tmp_path / "three")
 
 
+def test_a_run_that_begins_with_one_on_latents_keeps_its_scaling_unless_asked_for_the_autoencoders(
+    run, latents, tmp_path
+):
+    data = sf.data.open_images(latents)
+    plain = sf.data.make_image_set(
+        2 * data.images.astype(np.float32) + 0.3,
+        data.labels,
+        sf.data.Origin(name="x", source="y", class_names=("a", "b", "c")),
+    )
+    recipe = dataclasses.replace(RECIPE, mirror=False)
+    other = sf.train(plain, recipe=recipe, out=tmp_path / "other", device="cpu", stop=lambda: True)
+    plan = make_plan(data, RECIPE, init=other, device="cpu")
+    assert (plan.config.scaling.mean, plan.config.scaling.std) == (other.config.scaling.mean, other.config.scaling.std)
+    assert plan.config.scaling.dtype == "float16"
+    assert plan.config.initial.notes[0].startswith("scaling: that of the source, mean ")
+    asked = dataclasses.replace(RECIPE, latent_scaling="autoencoder")
+    plan = make_plan(data, asked, init=other, device="cpu")
+    assert (plan.config.scaling.mean, plan.config.scaling.std) == ((0.2,) * 4, (0.5 / 0.7,) * 4)
+    assert "than this run, mean 0.2, std 0.7143" in plan.config.initial.notes[0]
+    # Data that are no latents of images have no autoencoder to ask for.
+    scaled = sf.train(data, recipe=asked, out=tmp_path / "scaled", device="cpu", stop=lambda: True)
+    found = open_weights(scaled).recipe_for(plain)
+    assert found.latent_scaling == "measured"
+    plan = make_plan(plain, recipe, init=scaled, device="cpu")
+    assert plan.config.scaling.std == (0.5 / 0.7,) * 4
+
+
 def test_a_resume_that_refuses_the_autoencoder_leaves_the_configuration_as_it_was(run, tmp_path):
     shutil.copytree(run.path, tmp_path / "copy")
     autoencoder(seed=1).save_pretrained(tmp_path / "other")

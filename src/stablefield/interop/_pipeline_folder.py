@@ -12,18 +12,18 @@ diffusers' own `EDMEulerScheduler`; its other EDM schedulers work too.
 import contextlib
 import json
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from stablefield import _shapes as shapes
-from stablefield._regular_file import read_limited
+from stablefield._regular_file import read_limited, reason
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion import _preconditioning as preconditioning
-from stablefield.diffusion._preconditioning import PRECONDITIONINGS, Denoiser
+from stablefield.diffusion._preconditioning import PRECONDITIONINGS, Denoiser, NamedPreconditioning
 from stablefield.interop._architecture import infer_architecture
 from stablefield.interop._source_bundle import bundle
 from stablefield.networks import _blocks as blocks
@@ -45,9 +45,12 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
 
 __all__ = [
+    "ExportConfig",
+    "named_preconditioning",
     "network_options",
     "new_folder",
     "preconditioning_options",
+    "read_pipeline_config",
     "read_pipeline_manifest",
     "stated_label_dropout",
     "write_pipeline",
@@ -55,6 +58,26 @@ __all__ = [
 
 _CLASS = ["pipeline", "StablefieldPipeline"]
 _MODULES = (shapes, preconditioning, layers, resample, embedding, dropout, blocks, levels, song_unet, mlp, sit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What an export states of its network.
+
+    Attributes:
+        kind: of the preconditioning, such as "edm".
+        preconditioning: with its numbers.
+        heads: of a transformer's attention; None for other networks, and where it is not read.
+        shape: of one sample.
+        manifest: of the data: the names of the classes, the scaling of float data, and the autoencoder, if there are any;
+            and the label dropout of the training, if it is stated.
+    """
+
+    kind: str
+    preconditioning: NamedPreconditioning
+    heads: int | None
+    shape: tuple[int, ...]
+    manifest: Mapping[str, Any]
 
 
 def write_pipeline(
@@ -189,6 +212,58 @@ def read_pipeline_manifest(weights: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}: export the pipeline again.") from error
     return {} if share is None else {"label_dropout": share}
+
+
+def read_pipeline_config(folder: Path) -> ExportConfig | None:
+    """What a pipeline states of its network: in what it was trained, not in what diffusers calls it.
+
+    Returns:
+        None if the folder holds no pipeline of `write_pipeline`.
+
+    Raises:
+        ValueError: if a file is damaged, or what it states cannot be used; names the file.
+    """
+    path = folder / "model_index.json"
+    index = parse(read_limited(path))
+    if index.get("_class_name") not in (_CLASS, _CLASS[1]):
+        return None
+    try:
+        scaling = Scaling.of_manifest(index)
+        path = folder / "unet" / "config.json"
+        unet = parse(read_limited(path))
+        if "preconditioning" in unet:
+            kind, options = unet["preconditioning"], unet.get("preconditioning_options")
+            options = {"sigma_data": unet.get("sigma_data", 0.5)} if kind == "edm" else options
+        else:  # diffusers' own model, always in EDM's
+            path = folder / "scheduler" / "scheduler_config.json"
+            kind, options = "edm", {"sigma_data": parse(read_limited(path)).get("sigma_data", 0.5)}
+        channels, sides = unet.get("in_channels"), unet.get("sample_size")
+        shape = (channels, *(sides if isinstance(sides, list) else (sides, sides)))
+        if not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError(f"its in_channels and sample_size are {str(shape)[:40]}")
+        preconditioning = named_preconditioning(kind, options)
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else reason(cast("Exception", error))
+        raise ValueError(f"{path} cannot be used: {text}: export the pipeline again") from error
+    return ExportConfig(
+        kind=str(kind),
+        preconditioning=preconditioning,
+        heads=None,
+        shape=cast("tuple[int, ...]", shape),
+        manifest={} if scaling is None else {"scaling": scaling.record},
+    )
+
+
+def named_preconditioning(kind: object, options: object) -> NamedPreconditioning:
+    """The preconditioning that the JSON of an export states by its kind and its arguments.
+
+    Raises:
+        ValueError: if there is no such kind, or a number does not fit.
+        TypeError: if it has other arguments.
+    """
+    if not isinstance(kind, str) or kind not in PRECONDITIONINGS or not isinstance(options, dict):
+        raise ValueError(f"its preconditioning is {str(kind)[:40]} with {str(options)[:40]}")
+    return PRECONDITIONINGS[kind](**cast("dict[str, Any]", options))
 
 
 def stated_label_dropout(record: Mapping[str, Any]) -> float | None:

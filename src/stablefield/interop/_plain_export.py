@@ -8,16 +8,17 @@ transformer's heads, the scaling of float data, the names of the classes, the la
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from stablefield._regular_file import read_limited
 from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._scaling import Scaling
-from stablefield.diffusion._preconditioning import PRECONDITIONINGS, Denoiser, NamedPreconditioning
+from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.interop._inert import plain_text
 from stablefield.interop._pipeline_folder import (
+    ExportConfig,
+    named_preconditioning,
     network_options,
     new_folder,
     preconditioning_options,
@@ -26,27 +27,7 @@ from stablefield.interop._pipeline_folder import (
 from stablefield.training._files import write_tensors
 from stablefield.training._records import parse
 
-__all__ = ["PlainConfig", "read_plain_config", "write_plain"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlainConfig:
-    """What a config.json states of the network beside it.
-
-    Attributes:
-        kind: of the preconditioning, such as "edm".
-        preconditioning: with its numbers.
-        heads: of a transformer's attention; None for other networks.
-        shape: of one sample.
-        manifest: of the data: the names of the classes, the scaling of float data, and the autoencoder, if there are any;
-            and the label dropout of the training, if it is stated.
-    """
-
-    kind: str
-    preconditioning: NamedPreconditioning
-    heads: int | None
-    shape: tuple[int, ...]
-    manifest: Mapping[str, Any]
+__all__ = ["read_plain_config", "write_plain"]
 
 
 def write_plain(
@@ -98,7 +79,7 @@ def write_plain(
         (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def read_plain_config(weights: Path) -> PlainConfig | None:
+def read_plain_config(weights: Path) -> ExportConfig | None:
     """Read the config.json beside a file of weights.
 
     Returns:
@@ -124,10 +105,9 @@ def read_plain_config(weights: Path) -> PlainConfig | None:
         ) from error
 
 
-def _plain_config(record: Mapping[str, Any], stated: Mapping[str, Any]) -> PlainConfig:
-    kind, options, network = stated.get("kind"), stated.get("options"), record["network"]
-    if not isinstance(kind, str) or kind not in PRECONDITIONINGS or not isinstance(options, dict):
-        raise ValueError(f"its preconditioning is {str(stated)[:80]}")
+def _plain_config(record: Mapping[str, Any], stated: Mapping[str, Any]) -> ExportConfig:
+    kind, network = stated.get("kind"), record["network"]
+    preconditioning = named_preconditioning(kind, stated.get("options"))
     if not isinstance(network, dict) or not isinstance(found := network.get("options"), dict):
         raise ValueError(f"its network is {str(network)[:80]}")
     heads: Any = cast("dict[str, Any]", found).get("heads") if network.get("kind") == "sit" else None
@@ -153,9 +133,9 @@ def _plain_config(record: Mapping[str, Any], stated: Mapping[str, Any]) -> Plain
             {"autoencoder": {"place": "", **place} if isinstance(place, dict) else place}
         )
         manifest["autoencoder"] = known.record if known is not None else None
-    return PlainConfig(
-        kind=kind,
-        preconditioning=PRECONDITIONINGS[kind](**cast("dict[str, Any]", options)),
+    return ExportConfig(
+        kind=str(kind),
+        preconditioning=preconditioning,
         heads=heads,
         shape=tuple(cast("list[int]", shape)),
         manifest=manifest,

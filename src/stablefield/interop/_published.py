@@ -31,12 +31,12 @@ from stablefield.diffusion._preconditioning import (
 )
 from stablefield.interop._architecture import Architecture, infer_architecture
 from stablefield.interop._inert import MAX_AXES, Array, Node, RefusedError, TensorView, plain_text
-from stablefield.interop._pipeline_folder import read_pipeline_manifest
+from stablefield.interop._pipeline_folder import ExportConfig, read_pipeline_config, read_pipeline_manifest
 from stablefield.interop._plain_export import read_plain_config
 from stablefield.interop._sit_architecture import SiTArchitecture, infer_sit, is_sit
 from stablefield.interop._weight_files import MAX_TENSORS, read_weight_file
 
-__all__ = ["PreconditioningName", "PublishedNetwork", "read_published", "read_state"]
+__all__ = ["PreconditioningName", "PublishedNetwork", "read_export", "read_published", "read_state"]
 
 PreconditioningName = Literal["edm", "vp", "ve", "flow", "ddpm"]
 """The kind of preconditioning, for files that do not state it: flow for SiT's published weights, ddpm for DiT's."""
@@ -172,6 +172,23 @@ def read_published(
         origin=f"{where}; {how}",
         manifest={} if found.class_name else read_pipeline_manifest(path),
     )
+
+
+def read_export(folder: Path) -> ExportConfig | None:
+    """What an export states of its network.
+
+    Args:
+        folder: of a pipeline, or of plain files.
+
+    Returns:
+        None if it is of another program.
+
+    Raises:
+        ValueError: if what it states cannot be used; names the file.
+    """
+    if (folder / "model_index.json").is_file():
+        return read_pipeline_config(folder)
+    return read_plain_config(folder / "model.safetensors")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -150,15 +150,16 @@ def make_plan(
         ValueError: if the recipe does not fit the data, naming its field, or `init` does not fit the network.
     """
     where, ranks = place(device)
-    data = _scaled(data, recipe)
+    source, measured = None if init is None else open_weights(init), data.scaling
+    data = _scaled(data, recipe, source)
     decided, initial, others = None, None, None
     if ranks.first:
         record, others = _held_out(held_out, data, recipe)
         config, references, noise_band = _decide(data, recipe, where, ranks.world_size, record)
         if others is not None:
             others = held_out_data(config, others)
-        if init is not None:
-            initial, told = copied_weights(open_weights(init), config)
+        if source is not None:
+            initial, told = copied_weights(source, config, measured)
             config = dataclasses.replace(config, initial=told)
         decided = config, references, noise_band
     decided = ranks.broadcast(decided, "to plan the run")
@@ -169,13 +170,16 @@ def make_plan(
     )
 
 
-def _scaled(data: ImageSet, recipe: Recipe) -> ImageSet:
-    """The data with the scaling that the recipe asks for."""
+def _scaled(data: ImageSet, recipe: Recipe, source: WeightSource | None) -> ImageSet:
+    """The data with the scaling that the recipe asks for, or else with that of the source of the first weights."""
     autoencoder = data.autoencoder
-    if recipe.latent_scaling == "measured" or autoencoder is None:
+    if recipe.latent_scaling == "autoencoder" and autoencoder is not None:
+        factor, shift = autoencoder.scaling_factor, autoencoder.shift_factor
+        scaling = Scaling.of_factor(factor, shift, data.shape[0], str(data.images.dtype))
+    else:
+        scaling = None if source is None else source.scaling_for(data)
+    if scaling is None:
         return data
-    factor, shift = autoencoder.scaling_factor, autoencoder.shift_factor
-    scaling = Scaling.of_factor(factor, shift, data.shape[0], str(data.images.dtype))
     return dataclasses.replace(data, scaling=scaling, manifest=data.manifest | {"scaling": scaling.record})
 
 

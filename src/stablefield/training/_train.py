@@ -80,7 +80,8 @@ def train(
         init: weights to begin with: a run or its folder (the averaged weights of its newest checkpoint), a folder that
             `Run.export` wrote, or a file of safetensors or of `torch.save` with a state dict, such as one in a run's
             checkpoint. Tensors are matched by name; a part of a class embedding is copied for each class that both have,
-            by name, or by number if either has no names. Without `init`, the weights are random.
+            by name, or by number if either has no names. Float data in the units of a run or an export take its scaling;
+            `run.config.initial.notes` say so, and what else differs. Without `init`, the weights are random.
         held_out: samples not to train on: a share of the images, such as 0.05, chosen by the recipe's seed; or other images
             of the same shape. They are never in a batch and never a reference. The run logs its loss on them at fixed noise,
             with the averaged weights, and keeps the checkpoint with the lowest one.

@@ -7,6 +7,9 @@ Tensors are matched by name. Three differences between the two networks are brid
 - the classes: the parts of a class embedding are copied class by class.
 
 Buffers of another shape, constants of the size of the images, stay those of the network.
+
+Weights also depend on what they were trained in: the preconditioning, and the scaling of float data. Runs and exports state
+both. A run on float data takes the source's scaling if that fits its data; any other difference is a note.
 """
 
 import math
@@ -17,13 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stablefield._regular_file import read_limited, reason, sha256
 from stablefield.data._image_set import ImageSet, distinct_names
 from stablefield.data._scaling import Scaling
-from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.diffusion._preconditioning import Denoiser, Preconditioning
 from stablefield.networks._song_unet import SongUNet
 from stablefield.training._files import read_tensors
 from stablefield.training._initial_weights import InitialWeights
@@ -35,8 +39,13 @@ from stablefield.training._run_folder import HasFolder, RunFolder
 
 __all__ = ["WeightSource", "copied_weights", "open_weights", "side_of"]
 
+_BYTES = "images, whose bytes v mean v / 127.5 - 1"
 _WANTED = "name the folder of a run or an export, or a file with a state dict (.safetensors, .pt, .pth)"
 _DIFFUSERS = "diffusion_pytorch_model.safetensors"
+_NEAR = 4.0
+"""Float data whose size is the source's up to this factor seem to be in its units, and take its scaling."""
+_LISTED = 3
+"""Channels of a scaling that a note names."""
 _LEVEL = re.compile(r"(?<![\w])(enc|dec)\.(\d+)x(\d+)_")
 
 
@@ -50,8 +59,10 @@ class WeightSource:
         recipe: the recipe of a run.
         shape: shape of one image, (C, H, W), if known.
         class_names: names of the classes, if known.
-        published: whether the run is an imported network that sees latents in the scaling of their autoencoder, as far as
-            its file states one.
+        preconditioning: in which the weights were trained, if known.
+        scaling: of the data that they were trained on; None for images, and if unknown.
+        published: whether it is an imported network that sees latents in the scaling of their autoencoder, as far as its
+            file states one; or an export of one.
     """
 
     path: Path
@@ -59,6 +70,8 @@ class WeightSource:
     recipe: Recipe | None = None
     shape: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    preconditioning: Preconditioning | None = None
+    scaling: Scaling | None = None
     published: bool = False
 
     def recipe_for(self, data: ImageSet) -> Recipe | None:
@@ -75,8 +88,27 @@ class WeightSource:
             noise_band="auto",
             batch=min(recipe.batch, len(data) * recipe.draws_per_image),
             conditional=recipe.conditional and data.labels is not None,
-            latent_scaling="autoencoder" if self.published and data.autoencoder is not None else recipe.latent_scaling,
+            latent_scaling=(
+                "measured" if data.autoencoder is None else "autoencoder" if self.published else recipe.latent_scaling
+            ),
         )
+
+    def scaling_for(self, data: ImageSet) -> Scaling | None:
+        """The source's scaling for other data, if they have its channels and seem to be in its units; else None.
+
+        What the weights expect is a value by the source's scaling. In other units, such as another factor, that would be far
+        from all that they have seen.
+        """
+        theirs, own = self.scaling, data.scaling
+        if theirs is None or own is None or len(theirs.mean) != len(own.mean):
+            return None
+        mean, std, own_mean, own_std = (np.array(part) for part in (theirs.mean, theirs.std, own.mean, own.std))
+        if np.any((std == 0) & (own_std > 0)):
+            return None  # it would take away all that the channel holds
+        varying = std > 0
+        moved = (own_mean - mean)[varying] / std[varying]
+        size = np.sqrt(np.mean((own_std[varying] / std[varying]) ** 2 + moved**2))
+        return replace(theirs, dtype=own.dtype) if 1 / _NEAR <= size <= _NEAR else None
 
     def read(self) -> tuple[dict[str, Tensor], str, str]:
         """The tensors by name, the checksum of their file, and which weights these are, in words.
@@ -123,14 +155,12 @@ def open_weights(init: str | Path | HasFolder) -> WeightSource:
         if (path / "model_index.json").is_file():
             names: Any = parse(read_limited(path / "model_index.json")).get("id2label")
             ordered = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else None
-            return WeightSource(path=path, file=path / "unet" / _DIFFUSERS, class_names=_names(ordered))
+            return _exported(path, path / "unet" / _DIFFUSERS, _names(ordered))
         if (path / _DIFFUSERS).is_file():
             return WeightSource(path=path, file=path / _DIFFUSERS)
         if (path / "model.safetensors").is_file():
             config = parse(read_limited(path / "config.json")) if (path / "config.json").is_file() else {}
-            return WeightSource(
-                path=path, file=path / "model.safetensors", class_names=_names(config.get("class_names"))
-            )
+            return _exported(path, path / "model.safetensors", _names(config.get("class_names")))
         run = RunFolder.open(path).config()
     except (OSError, ValueError) as error:
         why = str(error).removesuffix(".")  # names the file in the folder
@@ -140,7 +170,15 @@ def open_weights(init: str | Path | HasFolder) -> WeightSource:
     if published and scaling is not None:
         factors = None if record is None else (record.scaling_factor, record.shift_factor, run.shape[0], scaling.dtype)
         published = factors is not None and scaling == Scaling.of_factor(*factors)
-    return WeightSource(path=path, recipe=run.recipe, shape=run.shape, class_names=run.class_names, published=published)
+    return WeightSource(
+        path=path,
+        recipe=run.recipe,
+        shape=run.shape,
+        class_names=run.class_names,
+        preconditioning=run.recipe.preconditioning,
+        scaling=scaling,
+        published=published,
+    )
 
 
 def side_of(source: WeightSource | None) -> int | None:
@@ -148,8 +186,15 @@ def side_of(source: WeightSource | None) -> int | None:
     return None if source is None or source.shape is None else max(source.shape[1:], default=None)
 
 
-def copied_weights(source: WeightSource, config: RunConfig) -> tuple[Denoiser, InitialWeights]:
+def copied_weights(
+    source: WeightSource, config: RunConfig, measured: Scaling | None
+) -> tuple[Denoiser, InitialWeights]:
     """The denoiser of a run with the weights of a source, and what was copied.
+
+    Args:
+        source: the source.
+        config: of the run, with the scaling that it has.
+        measured: the scaling that its data alone would have; None for images.
 
     Raises:
         ValueError: if the source has no weights, none of the network's tensors, or one of another shape.
@@ -186,7 +231,7 @@ def copied_weights(source: WeightSource, config: RunConfig) -> tuple[Denoiser, I
         counts = " and ".join(map(str, sorted(set(sizes))))
         raise ValueError(f"init={source.path} has tensors for {counts} classes: {_remedy(source, config)}.")
     own, theirs, named = _labels(source, config, max(sizes, default=0))
-    notes = _notes(source, config, by_number=bool(parts) and not named)
+    notes = _notes(source, config, measured, by_number=bool(parts) and not named)
     for name, found in list(matched.items()):
         if name not in parts:
             state[name] = tensors[found]
@@ -218,6 +263,21 @@ def copied_weights(source: WeightSource, config: RunConfig) -> tuple[Denoiser, I
         fresh=tuple(name for name in state if name not in matched),
         unused=tuple(sorted(set(tensors) - set(matched.values()))),
         notes=tuple(notes),
+    )
+
+
+def _exported(path: Path, file: Path, class_names: tuple[str, ...] | None) -> WeightSource:
+    """An export, with what it states if it is one of ours."""
+    from stablefield.interop._published import read_export
+
+    stated = read_export(path)
+    return WeightSource(
+        path=path,
+        file=file,
+        class_names=class_names,
+        preconditioning=None if stated is None else stated.preconditioning,
+        scaling=None if stated is None else Scaling.of_manifest(stated.manifest),
+        published=stated is not None and "scaling" not in stated.manifest and stated.shape[0] not in (1, 3),
     )
 
 
@@ -315,15 +375,53 @@ def _labels(source: WeightSource, config: RunConfig, count: int) -> tuple[tuple[
     return numbers, their_numbers, False
 
 
-def _notes(source: WeightSource, config: RunConfig, *, by_number: bool) -> list[str]:
+def _notes(source: WeightSource, config: RunConfig, measured: Scaling | None, *, by_number: bool) -> list[str]:
     notes: list[str] = []
     if by_number:
         notes.append("the classes are matched by number, because the source or the data have no names for them.")
-    if source.recipe is not None and source.recipe.preconditioning != config.recipe.preconditioning:
-        notes.append(
-            f"the source was trained in {source.recipe.preconditioning}, this run trains in {config.recipe.preconditioning}."
-        )
-    return notes
+    theirs, own = source.preconditioning, config.recipe.preconditioning
+    if theirs is not None and theirs != own:
+        notes.append(f"the source was trained in {theirs}, this run trains in {own}.")
+    return [*notes, *_scaling_notes(source, config, measured)]
+
+
+def _scaling_notes(source: WeightSource, config: RunConfig, measured: Scaling | None) -> list[str]:
+    """What the copied weights saw of their data, if this run's differ, or would have."""
+    theirs, own = source.scaling, config.scaling
+    if source.preconditioning is None or (theirs is None and own is None):
+        return []  # a file of weights alone states nothing
+    if theirs is None and source.published:
+        if config.autoencoder is not None and config.recipe.latent_scaling == "autoencoder":
+            return []
+        return [f"the source does not state its scaling, and this run has its own: {_text(own)}."]
+    if own is None:
+        return [f"the source was trained on float data, scaled from {_text(theirs)}, and this run trains on {_BYTES}."]
+    if theirs is None:
+        return [f"the source was trained on {_BYTES}, and this run trains on float data, scaled from {_text(own)}."]
+    if _alike(theirs, own):
+        if measured is None or _alike(theirs, measured):
+            return []
+        return [f"scaling: that of the source, {_text(theirs)}; that of the data alone would be {_text(measured)}."]
+    return [
+        f"the source was trained with another scaling, {_text(theirs)}, than this run, {_text(own)}: if the two are other "
+        "units of the same, that is right; else the copied weights see other values than they were trained on."
+    ]
+
+
+def _alike(one: Scaling, other: Scaling) -> bool:
+    """Whether two scalings give the same values, whatever the dtype of the data."""
+    return (one.mean, one.std) == (other.mean, other.std)
+
+
+def _text(scaling: Scaling | None) -> str:
+    """The mean and the standard deviation of the first channels."""
+    assert scaling is not None
+    parts: list[str] = []
+    for name, values in (("mean", scaling.mean), ("std", scaling.std)):
+        shown = values[:1] if len(set(values)) == 1 else values[:_LISTED]
+        more = "" if len(shown) in (1, len(values)) else f" and {len(values) - len(shown):,} more"
+        parts.append(f"{name} {', '.join(f'{value:.4g}' for value in shown)}{more}")
+    return ", ".join(parts)
 
 
 def _remedy(source: WeightSource, config: RunConfig) -> str:
