@@ -138,7 +138,7 @@ def test_a_process_that_dies_ends_the_other_with_a_message(
     second.communicate()
     assert first.returncode == 1
     assert "rank 0 of 2 waited for the others" in message
-    assert "Earlier checkpoints are intact." in message
+    assert "There is no checkpoint yet: a resume begins with the first step." in message
     assert "a bug in stablefield" not in message
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from forks import Server
+from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.training._checkpoint import CheckpointError, State, Trained, read_state, restore, save, sweep
 from stablefield.training._loop import TrainingError, fit
+from stablefield.training._post_hoc import remove_snapshots
 from stablefield.training._recipe import MLPConfig
 from stablefield.training._recipes import DIGITS
+from stablefield.training._run import Run
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_folder import RunFolder
 
@@ -73,29 +77,91 @@ def test_a_checkpoint_that_could_not_be_finished_is_swept_and_never_loaded(tmp_p
     assert not half.exists()
 
 
+def test_a_run_that_has_lost_its_checkpoints_is_not_begun_anew_over_its_log_and_snapshots(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SMALL, steps=12, log_every=3, ema_snapshot_every=3)
+    run = start(tmp_path / "run", recipe)
+    go(run)
+    shutil.rmtree(run.path / "checkpoints")
+    kept = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    match = (
+        r"reach step 12: its checkpoints are gone, .* start a new run in another folder, or move metrics\.jsonl and ema"
+    )
+    for call in (lambda: go(run), lambda: Run(run.path).resume(), lambda: Run(run.path).resume(steps=20)):
+        with pytest.raises(ValueError, match=match):
+            call()
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--resume", "--out", str(run.path), "--steps", "20", "--device", "cpu"])
+    assert left.value.code == 2
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == kept
+    # The snapshots alone, or the log alone, are lost, too.
+    (run.path / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=match):
+        go(run)
+    (run.path / "ema").rename(tmp_path / "ema")
+    go(run)
+    assert run.newest()[1].step == 12
+
+
+def test_a_kill_before_the_first_checkpoint_loses_the_folder_nothing(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SMALL, steps=8, log_every=1, ema_snapshot_every=1)
+    run, whole = (start(tmp_path / name, recipe) for name in ("run", "whole"))
+    go(whole)
+    go(run)
+    # As it was when the line and the snapshot of step 4 were written, and its checkpoint was not.
+    shutil.rmtree(run.path / "checkpoints")
+    run.rewind_log(4)
+    remove_snapshots(run.snapshots, 4)
+    go(run)
+    name = "model.safetensors"
+    assert (run.checkpoint(8) / name).read_bytes() == (whole.checkpoint(8) / name).read_bytes()
+
+
+def test_a_resume_names_the_damaged_checkpoint_that_it_skips_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=12))
+    go(run)
+    for last in (lambda: Run(run.path).resume(), None):
+        weights = run.checkpoint(12) / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        if last is not None:
+            with pytest.warns(UserWarning, match=r"^skipped a newer checkpoint, .*step-00000012") as told:
+                last()
+            assert len(told) == 1
+            assert Path(told[0].filename) == Path(__file__)
+            continue
+        with pytest.raises(SystemExit) as left:
+            main(["train", "--resume", "--out", str(run.path), "--device", "cpu"])
+        assert left.value.code == 0
+        out = "".join(capsys.readouterr())
+        assert out.count("skipped") == 1
+        assert run.newest()[1].step == 12
+
+
 def full_disk(limit: int) -> None:
     # Real failure of real writes: the kernel refuses a file to grow beyond the limit.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def train_until_the_disk_is_full(run: RunFolder, step: int) -> None:
-    """Train, with a disk that takes no more from the report of `step` on, and see the message."""
+def train_until_the_disk_is_full(run: RunFolder, step: int) -> str:
+    """Train, with a disk that takes no more from the report of `step` on; returns the message."""
 
     def fill(report: object) -> None:
         if report.step == step:
             full_disk(4096)
 
     try:
-        with pytest.raises(TrainingError, match=r"cannot be written.*free some space, then resume it"):
+        with pytest.raises(TrainingError, match=r"cannot be written.*free some space, then resume it") as told:
             fit(run, run.config(), open_digits(), device=torch.device("cpu"), report=fill, every=1)
+        return str(told.value)
     finally:
         full_disk(resource.RLIM_INFINITY)
 
 
 def test_a_full_disk_stops_the_run_with_a_message_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=8))
-    train_until_the_disk_is_full(run, 6)
+    assert train_until_the_disk_is_full(run, 6).endswith("then resume it. Earlier checkpoints are intact.")
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-00000004"]
     whole = start(tmp_path / "whole", dataclasses.replace(SMALL, steps=8))
     go(whole)
@@ -106,7 +172,8 @@ def test_a_full_disk_stops_the_run_with_a_message_and_keeps_the_checkpoint_befor
 
 def test_a_full_disk_at_a_snapshot_is_told_in_the_same_words(tmp_path: Path) -> None:
     run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=4, ema_snapshot_every=2))
-    train_until_the_disk_is_full(run, 2)
+    told = train_until_the_disk_is_full(run, 2)
+    assert told.endswith("then resume it. There is no checkpoint yet: a resume begins with the first step.")
     assert list((run.path / "ema").iterdir()) == []
 
 

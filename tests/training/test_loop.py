@@ -220,7 +220,8 @@ def test_a_dead_process_is_told_as_such_and_not_as_a_full_disk(tmp_path: Path, m
         raise RankError("rank 1 has died.")
 
     monkeypatch.setattr(Stepper, "take", fail)
-    with pytest.raises(TrainingError, match=r"^rank 1 has died\. Earlier checkpoints are intact\.$"):
+    words = r"^rank 1 has died\. There is no checkpoint yet: a resume begins with the first step\.$"
+    with pytest.raises(TrainingError, match=words):
         go(start(tmp_path / "run", SMALL))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import pprint
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -176,7 +177,9 @@ class Train(TrainingFlags):
                 return print_rows(estimate_run(config, data, device, done).rows())
             held_out = _opened(config, self.held_out) if self.held_out and ranks.first else None
             call = partial(run.resume, steps=steps, data=data, held_out=held_out, vae=self.vae, device=device)
-            return self._trained(data, device, done, config, call)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "skipped a newer checkpoint")  # printed above
+                return self._trained(data, device, done, config, call)
 
     def _check_nothing_changes(self) -> None:
         """Reject flags that a resumed run would ignore.
@@ -310,7 +313,7 @@ def _print_budget(plan: Plan, recipe: Recipe) -> None:
 
 
 def _print_where_it_stands(run: Run, config: RunConfig) -> None:
-    newest, before = run.folder.newest(), run.config.recipe
+    newest, before = run.folder.to_continue(config), run.config.recipe
     if newest is None:
         console.print("this run has no checkpoint yet: starting from its first step.")
         return

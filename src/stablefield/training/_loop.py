@@ -58,20 +58,22 @@ class TrainingError(Exception):
 
 def not_finite(what: str) -> TrainingError:
     """The error of a run whose numbers are not finite; `what` says which."""
-    return TrainingError(f"{what}: lower learning_rate or max_grad_norm. Earlier checkpoints are intact.")
+    return TrainingError(f"{what}: lower learning_rate or max_grad_norm.")
 
 
 @contextmanager
 def writing() -> Generator[None]:
-    """Report a failed write of the run's files as a TrainingError; errors of callbacks are their callers' own."""
+    """Report a failed write of the run's files as a TrainingError; errors of callbacks are their callers' own.
+
+    `fit` adds what remains of the run.
+    """
     try:
         yield
     except OSError as error:
         full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space" if full else "check its folder"
         raise TrainingError(
-            f"the run cannot be written ({error.strerror or error}): {remedy}, then resume it. "
-            "Earlier checkpoints are intact."
+            f"the run cannot be written ({error.strerror or error}): {remedy}, then resume it."
         ) from error
 
 
@@ -131,10 +133,10 @@ def fit(
 
     Raises:
         TrainingError: if a loss or a weight is not finite, the disk is full, or the folder has been taken over while this
-            process was stopped; earlier checkpoints are intact. Errors of `report`, `stop` and observers are raised as they
-            are.
-        ValueError: if another process trains in the folder, a run to continue has no intact checkpoint, or the data are not
-            those of the run.
+            process was stopped; says whether there are earlier checkpoints. Errors of `report`, `stop` and observers are
+            raised as they are.
+        ValueError: if another process trains in the folder, a run to continue has no intact checkpoint, or has lost them,
+            or the data are not those of the run.
     """
     check_watchers(observers, report, every, stop)
     recipe, data = config.recipe, training_data(config, data)
@@ -161,8 +163,8 @@ def fit(
                 loop = _Loop(folder, config, feed, accelerator, observers, look, autoencoder)
                 with tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
                     return loop.run(report, every, stop, pace, page=page)
-    except RankError as error:
-        raise TrainingError(f"{error} Earlier checkpoints are intact.") from error
+    except (TrainingError, RankError) as error:
+        raise TrainingError(f"{error} {_remaining(folder)}") from error
 
 
 def check_watchers(
@@ -212,14 +214,9 @@ class _Loop:
         # Observers may be of the first process alone, but all processes of a sharded run give it their parts of the average.
         self._periods = self._ranks.broadcast([observer.every for observer in self._observers], "to plan measurements")
         self._whole: Denoiser | None = None
-        newest = folder.newest()
+        newest = folder.to_continue(config)
         if newest is not None:
             require_fit(config, newest[0])
-        elif config.initial is not None:
-            raise ValueError(
-                f"{folder.path} has no checkpoint, not even one of the weights of {config.initial.source}, with which it "
-                "was to begin: start the run again in a new folder."
-            )
         self._stepper = Stepper(config, feed, accelerator)
         self._edges = bin_edges(config.recipe.noise_levels, config.recipe.process)
         self._state = State(0, 0)
@@ -474,6 +471,13 @@ class _Loop:
         grid = drawn.grid()
         write_png(self._folder.picture(step), grid)
         log_picture(self._accelerator, step, grid)
+
+
+def _remaining(folder: RunFolder) -> str:
+    """What remains of a run that cannot continue."""
+    if folder.has_checkpoint:
+        return "Earlier checkpoints are intact."
+    return "There is no checkpoint yet: a resume begins with the first step."
 
 
 def _or_none(value: float) -> float | None:

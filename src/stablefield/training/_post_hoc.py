@@ -110,10 +110,15 @@ def take_snapshot(
 
 def remove_snapshots(folder: Path, after: int) -> None:
     """Delete the snapshots of later steps than `after`."""
-    for path in folder.glob("step-*.safetensors"):
-        named = re.fullmatch(r"step-(\d+)\.safetensors", path.name)
-        if named is not None and int(named[1]) > after:
+    for step, path in snapshot_files(folder).items():
+        if step > after:
             path.unlink()
+
+
+def snapshot_files(folder: Path) -> dict[int, Path]:
+    """The files of snapshots by their steps, intact or not."""
+    found = ((re.fullmatch(r"step-(\d+)\.safetensors", path.name), path) for path in folder.glob("step-*.safetensors"))
+    return {int(named[1]): path for named, path in found if named is not None}
 
 
 def snapshot_steps(folder: Path) -> list[int]:

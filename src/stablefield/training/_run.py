@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import html
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -408,7 +409,9 @@ class Run:
         every: int = 10,
         stop: Callable[[], bool] = lambda: False,
     ) -> Run:
-        """Continue from the newest checkpoint to the last step, with the run's own recipe.
+        """Continue from the newest intact checkpoint to the last step, with the run's own recipe.
+
+        Damaged checkpoints are named in a warning, and deleted.
 
         With `steps` the run is extended (or shortened), and `config.extensions` records that. Weights, averages, batches and
         noise of a step depend on the total only through `decay_share` in the recipe. So the extended run has the weights
@@ -432,8 +435,8 @@ class Run:
             This run.
 
         Raises:
-            ValueError: if the images are not the run's, another process trains in its folder, or `steps` is not above the
-                steps that are done.
+            ValueError: if the images are not the run's, another process trains in its folder, its checkpoints are gone, or
+                `steps` is not above the steps that are done.
             TrainingError: as for `train`.
         """
         check_watchers(observers, progress, every, stop, on_start)
@@ -441,6 +444,9 @@ class Run:
         where, ranks = place(device)
         config = self.config
         check_vae(vae, config)
+        newest = self.folder.to_continue(config)
+        for complaint in newest[2] if newest is not None and ranks.first else ():
+            warnings.warn(f"skipped a newer checkpoint, whose steps are taken again: {complaint}", stacklevel=2)
         with ranks.rank_0_first("to open the data"):
             if data is None or isinstance(data, str | Path):
                 data = open_own(config, data or "")

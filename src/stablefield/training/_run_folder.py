@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar, cast
 from stablefield._shapes import check_kind, whole_number
 from stablefield.training._checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training._lock import Holder, Lock
+from stablefield.training._post_hoc import snapshot_files
 from stablefield.training._records import append_line, has_type, is_count, read_lines, write_lines, write_record
 from stablefield.training._run_config import RunConfig
 
@@ -229,6 +230,11 @@ class RunFolder:
             if step != best and (not keep_every or step % keep_every):
                 remove(folder)
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint, intact or not."""
+        return bool(self._checkpoints())
+
     def remove_after(self, step: int) -> None:
         """Delete the checkpoints of later steps."""
         for folder in self._checkpoints():
@@ -248,6 +254,39 @@ class RunFolder:
     def newest(self) -> tuple[Path, State, list[str]] | None:
         """The newest intact checkpoint, its state, and the faults of newer ones; None if there is no checkpoint."""
         return self.read_newest(lambda folder: folder)
+
+    def to_continue(self, config: RunConfig) -> tuple[Path, State, list[str]] | None:
+        """As `newest`, before a resume, which deletes what the folder has of later steps than the checkpoint.
+
+        Args:
+            config: of the run.
+
+        Returns:
+            None if the run has not come to its first checkpoint.
+
+        Raises:
+            ValueError: if no checkpoint is intact, or they are gone.
+        """
+        found = self.newest()
+        if found is not None:
+            return found
+        if config.initial is not None:
+            raise ValueError(
+                f"{self.path} has no checkpoint, not even one of the weights of {config.initial.source}, with which it "
+                "was to begin: start the run again in a new folder."
+            )
+        # A kill leaves no more than this without a checkpoint; a line of the log precedes the checkpoint of its step.
+        first = min(config.recipe.checkpoint_every, config.recipe.steps)
+        if config.held_out is not None:
+            first = min(first, config.held_out.every)  # the first look is the best one so far
+        reached = max((*(entry["step"] for entry in self.metrics()), *snapshot_files(self.snapshots)), default=0)
+        if reached > first:
+            raise ValueError(
+                f"{self.path} has no checkpoint, and its log or its snapshots reach step {reached:,}: its checkpoints are "
+                "gone, and to begin anew would delete what remains. Bring them back, start a new run in another folder, or "
+                "move metrics.jsonl and ema away."
+            )
+        return None
 
     def read_newest(self, read: Callable[[Path], Value]) -> tuple[Value, State, list[str]] | None:
         """What `read` returns for the newest intact checkpoint, its state, and the faults of newer ones.
