@@ -157,6 +157,37 @@ def test_images_that_were_no_file_are_handed_to_resume(tmp_path: Path) -> None:
     assert stopped.resume(data=digits, device="cpu").step == 4
 
 
+def test_labels_that_were_no_file_are_handed_to_resume_too(tmp_path: Path) -> None:
+    digits = open_digits()
+    assert digits.labels is not None
+    origin = sf.data.Origin(name="others", source="x")
+    others = sf.data.make_image_set(digits.images[:40] // 2, digits.labels[:40], origin)
+    given = {"recipe": dataclasses.replace(TINY, conditional=True), "steps": 4, "device": "cpu", "held_out": others}
+    with pytest.raises(
+        ValueError, match=r"^held_out=held_out has no labels, .* make an image set with stablefield\.data\.make_"
+    ):
+        sf.train(digits.images, labels=digits.labels, out=tmp_path / "no", **{**given, "held_out": others.images})
+    whole, cut = (
+        sf.train(digits.images, labels=digits.labels, out=tmp_path / name, stop=stop, **given)
+        for name, stop in (("whole", lambda: False), ("cut", lambda: True))
+    )
+    assert cut.step == 1
+    arrays = {"data": digits.images, "held_out": others}
+    with pytest.raises(
+        ValueError, match=r"^data have no labels, and this run is conditioned on 10 classes: pass labels= "
+    ):
+        cut.resume(**arrays)
+    with pytest.raises(ValueError, match="its labels' sha256 differs"):
+        cut.resume(**arrays, labels=digits.labels[::-1].copy())
+    with pytest.raises(ValueError, match=r"held_out=held_out needs labels of the run's 10 classes, .*make_image_set"):
+        cut.resume(**{**arrays, "held_out": others.images}, labels=digits.labels)
+    with pytest.raises(ValueError, match="labels is only for data that is an array"):
+        cut.resume(data=digits, held_out=others, labels=digits.labels)
+    assert cut.resume(**arrays, labels=torch.from_numpy(digits.labels), device="cpu").step == 4
+    name = "model.safetensors"
+    assert (cut.folder.checkpoint(4) / name).read_bytes() == (whole.folder.checkpoint(4) / name).read_bytes()
+
+
 def test_a_seed_is_one_image_however_it_is_drawn(run: sf.Run) -> None:
     whole = run.sample(6, steps=3, device="cpu")
     some = run.sample([4, 1], steps=3, batch=1, device="cpu")

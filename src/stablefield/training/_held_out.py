@@ -89,7 +89,10 @@ class HeldOut:
         if others.manifest["sha256"] == data.manifest["sha256"]:
             raise ValueError(f"held_out={others.name} is the training data itself: pass a share of it, such as 0.05.")
         if recipe.conditional and others.labels is None:
-            raise ValueError(f"held_out={others.name} has no labels, and the network is conditioned on classes.")
+            raise ValueError(
+                f"held_out={others.name} has no labels, and the network is conditioned on classes: pass data with labels; "
+                "of an array, make an image set with stablefield.data.make_image_set(images, labels, origin)."
+            )
         if len(others) < 2:
             raise ValueError("held_out has 1 sample: pass at least 2.")
         sha256 = str(others.manifest["sha256"])

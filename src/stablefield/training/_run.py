@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -399,6 +400,7 @@ class Run:
         *,
         steps: int | None = None,
         data: Images | None = None,
+        labels: NDArray[np.int64] | Tensor | None = None,
         held_out: Images | None = None,
         vae: str | Path = "",
         device: torch.device | str | None = None,
@@ -421,7 +423,8 @@ class Run:
         Args:
             steps: number of steps of the whole run from now on, those that are done among them.
             data: the new place of the images, if they have moved, or the images.
-            held_out: the same for other images that the run holds out.
+            labels: class numbers of an array of images, as at the start.
+            held_out: other images that the run holds out, as for `data`; an image set if they have labels.
             vae: the autoencoder's place, if it has moved.
             device: where to compute; a GPU if there is one.
             tracker: as for `train`.
@@ -450,7 +453,7 @@ class Run:
         with ranks.rank_0_first("to open the data"):
             if data is None or isinstance(data, str | Path):
                 data = open_own(config, data or "")
-        images = as_image_set("data", data)
+        images = as_image_set("data", data, labels)
         # Whatever may refuse an argument comes before the run changes.
         if steps is not None and config.autoencoder is not None and ranks.first:
             config.autoencoder.open(vae, torch.device("cpu"))

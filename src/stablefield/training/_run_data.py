@@ -103,6 +103,11 @@ def training_data(config: RunConfig, data: ImageSet) -> ImageSet:
     require_same(config, data)
     # The run may have started with the classes numbered in another order.
     data = config.numbered(data)
+    if config.classes and data.labels is None:
+        raise ValueError(
+            f"data have no labels, and this run is conditioned on {config.classes} classes: pass labels= beside an array, "
+            "as at its start, or data with labels."
+        )
     if config.classes and data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
         raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
     return data
@@ -184,7 +189,10 @@ def held_out_data(config: RunConfig, others: ImageSet | None) -> ImageSet:
         raise ValueError(f"held_out={others.name} is not what this run holds out (its pixels' sha256 differs).")
     others = config.numbered(others)
     if config.classes and (others.labels is None or int(others.labels.max()) >= config.classes):
-        raise ValueError(f"held_out={others.name} needs labels of the run's {config.classes} classes, from 0.")
+        raise ValueError(
+            f"held_out={others.name} needs labels of the run's {config.classes} classes, from 0: of an array, make an image "
+            "set with stablefield.data.make_image_set(images, labels, origin)."
+        )
     return others
 
 

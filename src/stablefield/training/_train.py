@@ -73,7 +73,7 @@ def train(
         images: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), float data (n, ...), or
             the `Plan` of a run.
         labels: class numbers from 0 of an array of images, shape (n,), on which the network is conditioned; `recipe`, if
-            given, must have `conditional=True`.
+            given, must have `conditional=True`. `Run.resume` takes them again.
         out: folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists. A call that fails
             before its first step leaves it empty.
         recipe: how to train; by default one that suits the data and the device, or that of the run `init`.
@@ -83,8 +83,9 @@ def train(
             by name, or by number if either has no names. Float data in the units of a run or an export take its scaling;
             `run.config.initial.notes` say so, and what else differs. Without `init`, the weights are random.
         held_out: samples not to train on: a share of the images, such as 0.05, chosen by the recipe's seed; or other images
-            of the same shape. They are never in a batch and never a reference. The run logs its loss on them at fixed noise,
-            with the averaged weights, and keeps the checkpoint with the lowest one.
+            of the same shape, as an image set if the network is conditioned on classes. They are never in a batch and never
+            a reference. The run logs its loss on them at fixed noise, with the averaged weights, and keeps the checkpoint
+            with the lowest one.
         steps: training steps, in place of the recipe's.
         time: time that the call may take, such as 600, "10m" or "2h", in place of `steps`; `Plan.within` says what it
             determines. Without `recipe` and `init`, it also determines the width of a U-Net.
