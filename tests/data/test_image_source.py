@@ -5,6 +5,7 @@ import json
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from stablefield.data import MissingSplitError, open_images, pack, summary
 from stablefield.data import _image_loader as image_loader
-from stablefield.data._resizing import natural_resolution
+from stablefield.data._resizing import natural_resolution, raised_resolution
 
 
 def pixels(shape=(6, 8, 3), seed=0):
@@ -450,6 +451,36 @@ def test_resizing_is_a_centred_crop_and_lanczos_as_the_manifest_says(tmp_path, r
 )
 def test_images_of_one_size_keep_their_shape_where_it_can_be_halved(sizes, limit, expected):
     assert natural_resolution(sizes, limit) == expected
+
+
+def test_a_few_small_images_that_lower_the_resolution_are_counted_as_by_removing_them_one_by_one():
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(300):
+        common = rng.choice([16, 40, 64, 100, 160], (rng.integers(1, 4), 2))
+        sizes = [tuple(map(int, common[k])) for k in rng.integers(0, len(common), rng.integers(5, 45))]
+        sizes += [tuple(map(int, pair)) for pair in rng.integers(4, 40, (rng.integers(0, 5), 2))]
+        limit = int(rng.choice([16, 32, 64]))
+        sizes.sort(key=lambda size: (min(size), size))
+
+        def side(rest, limit=limit):
+            resolution = natural_resolution(rest, limit) or rest[0]
+            return resolution if isinstance(resolution, int) else min(resolution)
+
+        # Those of one shortest side go together.
+        counts = [k for k in range(len(sizes) // 10 + 1) if k == 0 or min(sizes[k - 1]) < min(sizes[k])]
+        sides = {k: side(sizes[k:]) for k in counts}
+        best = max(sides.values())
+        raised = raised_resolution(Counter(sizes), limit)
+        if best == sides[0]:
+            assert raised is None
+            continue
+        found += 1
+        assert raised is not None
+        resolution, removed = raised
+        assert (resolution if isinstance(resolution, int) else min(resolution)) == best
+        assert removed == min(k for k in counts if sides[k] == best)
+    assert found > 20
 
 
 @pytest.mark.parametrize("source", ["folder", "npy"])

@@ -100,16 +100,16 @@ def test_copied_weights_see_data_in_the_same_units_as_their_source_saw_its_own(s
     part = values[labels == 1] + np.float32(0.3)
     init = points if source == "run" else points.export(tmp_path / "export", format="plain", samples=0)
     recipe = dataclasses.replace(RECIPE, steps=1, batch=64, learning_rate=1e-30)
-    given = {"labels": np.ones(len(part), np.int64), "recipe": recipe, "init": init, "device": "cpu"}
-    run = sf.train(part, out=tmp_path / "next", **given)
+    ones = np.ones(len(part), np.int64)
+    run = sf.train(make_array_set(part, ones), recipe=recipe, init=init, out=tmp_path / "next", device="cpu")
     theirs, data = points.config.scaling, run.config.numbered(make_array_set(part))
     seen = data.scaled(slice(None))
     old, new = points.model().denoiser, run.model("none").denoiser
     expected, own = (
-        edm_loss(old, (part.astype(np.float64) - mean) / (2 * std), given["labels"])
+        edm_loss(old, (part.astype(np.float64) - mean) / (2 * std), ones)
         for mean, std in ((np.array(theirs.mean), np.array(theirs.std)), (part.mean(0), part.std(0)))
     )
-    assert edm_loss(new, seen, given["labels"]) == pytest.approx(expected, rel=1e-4)
+    assert edm_loss(new, seen, ones) == pytest.approx(expected, rel=1e-4)
     assert expected < own / 2
     # So it draws what the source draws, in the units of the data.
     one, two = (each.sample(8, class_label=1, steps=6, device="cpu").images for each in (points, run))
@@ -117,7 +117,7 @@ def test_copied_weights_see_data_in_the_same_units_as_their_source_saw_its_own(s
     note = run.config.initial.notes[-1]  # after that on classes by number
     assert note.startswith(f"scaling: that of the source, mean {theirs.mean[0]:.4g}, {theirs.mean[1]:.4g}, std ")
     assert f"that of the data alone would be mean {part[:, 0].mean():.4g}, " in note
-    assert run.resume(steps=2, data=make_array_set(part, given["labels"])).config.scaling.std == theirs.std
+    assert run.resume(steps=2, data=make_array_set(part, ones)).config.scaling.std == theirs.std
 
 
 def make_array_set(values: np.ndarray, labels: np.ndarray | None = None) -> sf.data.ImageSet:

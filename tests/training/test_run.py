@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -433,7 +434,9 @@ def trained_without(folder: Path) -> sf.Run:
 def test_classes_without_images_are_noted_and_not_drawn(tmp_path: Path) -> None:
     digits = open_digits()
     recipe = dataclasses.replace(TINY, conditional=True, steps=2)
-    run = sf.train(digits.images, labels=digits.labels + 1, recipe=recipe, out=tmp_path / "run", device="cpu")
+    with pytest.warns(UserWarning, match=r"^images: Class 0 has no images: if the labels are numbered from 1") as told:
+        run = sf.train(digits.images, labels=digits.labels + 1, recipe=recipe, out=tmp_path / "run", device="cpu")
+    assert len(told) == 1
     assert run.config.classes == 11  # 0 to 10, as numbered
     samples = run.sample(12, steps=2, device="cpu")
     assert samples.labels.tolist() == [*range(1, 11), 1, 2]
@@ -637,3 +640,69 @@ def test_the_animation_of_a_run_in_progress_has_the_grids_since_its_checkpoint(t
     shutil.rmtree(run.path / "checkpoints")
     with Image.open(run.animation(tmp_path / "a.gif")) as picture:
         assert picture.n_frames > 1
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A folder with 48 photos, an icon and a file of a kind that is not read."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k in range(48):
+        Image.fromarray(rng.integers(0, 256, (120, 160, 3), np.uint8)).save(folder / f"{k}.jpg")
+    Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).save(folder / "thumb.png")
+    (folder / "phone.heic").write_bytes(b"?")
+    return folder
+
+
+def test_each_note_on_a_path_or_an_array_is_one_warning_where_it_was_given(odd: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(short(steps=1), batch=8)
+    said = ["images: 1 file that ends in .heic is not read: save it as PNG or JPEG."]
+    said.append(
+        "images: Resolution 8 because of thumb.png (12 x 12): without the smallest of 49 images it would be 32 x 24; pass "
+        "resolution=(24, 32), or move it away."
+    )
+    calls = {
+        "train": lambda: sf.train(odd, out=tmp_path / "run", device="cpu", stop=lambda: True, steps=1),
+        "compare": lambda: sf.compare(odd, out=tmp_path / "compare", device="cpu", stop=lambda: True, steps=8, seeds=1),
+        "probe": lambda: sf.probe(odd, device="cpu"),
+    }
+    for name, call in calls.items():
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            call()
+        found = [str(one.message).replace("data: ", "images: ") for one in told]
+        assert found == said, name
+        assert {Path(one.filename) for one in told} == {Path(__file__)}
+    # A set that the caller has opened was told by its notes.
+    opened = sf.data.open_images(odd, resolution=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = sf.train(opened, out=tmp_path / "set", recipe=recipe, device="cpu", stop=lambda: True)
+    assert opened.notes == ("1 file that ends in .heic is not read: save it as PNG or JPEG.",)
+    moved = shutil.move(odd, tmp_path / "moved")
+    with pytest.warns(UserWarning, match=r"^data: 1 file that ends in \.heic") as told:
+        run.resume(data=moved, device="cpu")
+    assert len(told) == 1
+    # Float data that are taken as they are are no mistake.
+    np.save(tmp_path / "signals.npy", np.random.default_rng(0).normal(size=(20, 3, 16)))
+    assert sf.data.open_images(tmp_path / "signals.npy").notes[0].startswith("float data are taken as they are")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.train(tmp_path / "signals.npy", recipe=recipe, out=tmp_path / "signals", device="cpu", stop=lambda: True)
+
+
+def test_the_command_prints_each_note_once_with_its_flag(odd: Path, tmp_path: Path, capfd, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    from stablefield.cli.entry import main
+
+    for words in (
+        ["train", "photos", "--steps", "1", "--batch", "8", "--out", "run"],
+        ["probe", "photos", "--out", "probe"],
+    ):
+        with pytest.raises(SystemExit) as left:
+            main([*words, "--device", "cpu"])
+        told = capfd.readouterr()
+        assert left.value.code == 0, told.err
+        for note in (".heic is not read", "would be 32 x 24; pass --resolution 24x32, or move it away."):
+            assert (told.out + told.err).count(note) == 1, words

@@ -9,6 +9,7 @@ from rich.markup import escape
 from stablefield.cli.console import console
 from stablefield.cli.parser import parse_resolution
 from stablefield.cli.progress import StageBar
+from stablefield.cli.usage import as_flags
 from stablefield.data._image_set import ImageSet
 from stablefield.data._inspect import classes_text
 from stablefield.data._source import open_images
@@ -77,7 +78,7 @@ def print_reading(data: ImageSet) -> None:
     elif height != width:
         console.print(f"images:     {width} wide, {height} high, as they are; --resolution changes that, such as 32x48")
     for note in data.notes:
-        console.print(f"[yellow]note:[/] {escape(note)}")
+        console.print(f"[yellow]note:[/] {escape(as_flags(note))}")
 
 
 def print_classes(data: ImageSet, *, conditional: bool) -> None:

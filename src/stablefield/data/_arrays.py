@@ -39,8 +39,10 @@ from stablefield.data._raw_array import mapped, read_rows
 from stablefield.data._resizing import Resize, Resolution, gathered_set
 from stablefield.data._scaling import check_floats
 
-__all__ = ["open_npy", "open_npz"]
+__all__ = ["AS_THEY_ARE", "open_npy", "open_npz"]
 
+AS_THEY_ARE = "float data are taken as they are"
+"""How the note begins that says what float data are taken for."""
 HEADER_LIMIT = 10_000
 """Bytes of a .npy header: NumPy itself accepts no more."""
 NAMES_LIMIT = 2**24
@@ -148,7 +150,7 @@ def _notes(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> tuple[str, ..
         return ()
     kind = f"{shape[1]} channels of {' x '.join(map(str, shape[2:]))} values"
     return (
-        f"float data are taken as they are, here as {kind}. Images are best as uint8, (n, H, W) or (n, C, H, W): from "
+        f"{AS_THEY_ARE}, here as {kind}. Images are best as uint8, (n, H, W) or (n, C, H, W): from "
         "values in [0, 1] by (x * 255).round().clip(0, 255).astype('uint8').",
     )
 

@@ -16,11 +16,11 @@ import sys
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 import numpy as np
@@ -31,10 +31,17 @@ from stablefield._regular_file import reason
 from stablefield.data._collector import Collector, cached
 from stablefield.data._colour import Colour, channels_of
 from stablefield.data._image_decoder import DECODING_MEMORY, Header, decode, read_header
-from stablefield.data._image_files import ImageFiles
+from stablefield.data._image_files import NOTED, ImageFiles
 from stablefield.data._image_set import ImageSet, Origin, labels_sha256
 from stablefield.data._pillow import require_pillow
-from stablefield.data._resizing import Resize, Resolution, height_and_width, natural_resolution, resize_text
+from stablefield.data._resizing import (
+    Resize,
+    Resolution,
+    height_and_width,
+    natural_resolution,
+    raised_resolution,
+    resize_text,
+)
 
 __all__ = ["load_image_files"]
 
@@ -96,13 +103,19 @@ def load_image_files(
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         room = _Room(DECODING_MEMORY)
         headers = list(_reported("reading headers", progress, lambda i: _header(files, i, room), len(files.names)))
+        notes = files.notes
         if resolution is None and limit is not None:
-            sizes = [(header.height, header.width) for header in headers if isinstance(header, Header)]
-            resolution = natural_resolution(sizes, limit) if sizes else None
+            sizes = {
+                name: (header.height, header.width)
+                for name, header in zip(files.names, headers, strict=True)
+                if isinstance(header, Header)
+            }
+            resolution = natural_resolution(sizes.values(), limit) if sizes else None
+            notes = (*notes, *_small_note(sizes, resolution, limit))
         shape, resized = _common_shape(files.names, headers, resolution, resize, colour)
         file = cache
         if len(headers) * math.prod(shape) > memory_budget:
-            parts = [files.fingerprint(), labels_sha256(files.labels), files.class_names, files.notes, shape, resized]
+            parts = [files.fingerprint(), labels_sha256(files.labels), files.class_names, notes, shape, resized]
             parts += [background] * (background != "white")
             file, found = cached(cache, json.dumps(parts))
             if found is not None and (skip_broken or found.manifest.get("skipped") == 0):
@@ -141,9 +154,26 @@ def load_image_files(
                 conversions=dict(sorted(conversions.items())),
                 skipped=len(broken),
                 skipped_files=tuple(reasons[:LISTED]),
-                notes=files.notes,
+                notes=notes,
             )
             return collector.finish(None if files.labels is None else files.labels[kept], origin)
+
+
+def _small_note(sizes: Mapping[str, tuple[int, int]], resolution: Resolution | None, limit: int) -> tuple[str, ...]:
+    """A note on a few small images that lower the resolution of all; none without such images."""
+    raised = None if resolution is None else raised_resolution(Counter(sizes.values()), limit)
+    if resolution is None or raised is None:
+        return ()
+    better, count = raised
+    path, (height, width) = min(sizes.items(), key=lambda item: min(item[1]))
+    name = PurePath(path).name[:NOTED]
+    now, then = (height_and_width(each) for each in (resolution, better))
+    text, wanted = (str(then[0]), then[0]) if then[0] == then[1] else (f"{then[1]} x {then[0]}", then)
+    few, them = ("smallest", "it") if count == 1 else (f"{count:,} smallest", "them")
+    return (
+        f"Resolution {now[0]} because of {name} ({width} x {height}): without the {few} of {len(sizes):,} images it "
+        f"would be {text}; pass resolution={wanted}, or move {them} away.",
+    )
 
 
 def _common_shape(

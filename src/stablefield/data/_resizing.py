@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -36,9 +37,13 @@ __all__ = [
     "height_and_width",
     "natural_resolution",
     "origin_of",
+    "raised_resolution",
     "resize_text",
     "resized_set",
 ]
+
+_RARE = 0.1
+"""Share of the images up to which those that lower the resolution of all are rare."""
 
 Resize: TypeAlias = Literal["crop", "squash"]
 Resolution: TypeAlias = int | Sequence[int]
@@ -87,6 +92,30 @@ def natural_resolution(sizes: Iterable[tuple[int, int]], limit: int) -> Resoluti
             return None if found == (height, width) else found
     shortest = min(limit, *(min(size) for size in distinct))
     return max(8, 1 << (shortest.bit_length() - 1))
+
+
+def raised_resolution(sizes: Mapping[tuple[int, int], int], limit: int) -> tuple[Resolution, int] | None:
+    """The resolution that would suit images if the smallest were not there, and how many these are.
+
+    Args:
+        sizes: how many images have each (height, width).
+        limit: no resolution above this.
+
+    Returns:
+        None if the natural resolution stays the same without a tenth of the images.
+    """
+    rising = sorted(sizes, key=min)
+    most = _RARE * sum(sizes.values())
+    best, found, removed = min(height_and_width(natural_resolution(rising, limit) or rising[0])), None, 0
+    for size, following in pairwise(rising):
+        removed += sizes[size]
+        if removed > most:
+            break
+        # Of the remaining sizes, only the smallest counts, and whether it is the only one.
+        without = natural_resolution({following, rising[-1]}, limit) or following
+        if min(height_and_width(without)) > best:
+            best, found = min(height_and_width(without)), (without, removed)
+    return found
 
 
 def _alike(height: int, width: int, limit: int) -> tuple[int, int]:

@@ -4,8 +4,10 @@ A source is recognised by its content, not by its name. `SOURCES` lists the kind
 """
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Callable
+from inspect import currentframe
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from stablefield._progress import Progress
 from stablefield._regular_file import open_regular
 from stablefield._shapes import check_callable, check_kind, flag, whole_number
 from stablefield.data._archive import Archive, is_archive
-from stablefield.data._arrays import open_npy, open_npz
+from stablefield.data._arrays import AS_THEY_ARE, open_npy, open_npz
 from stablefield.data._cifar10 import cifar10_folder, open_cifar10
 from stablefield.data._collector import MEMORY_BUDGET, cache_folder
 from stablefield.data._colour import Colour, background_name, check_colour, converted_set
@@ -33,7 +35,7 @@ from stablefield.data._packed import is_packed, open_tensors
 from stablefield.data._resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
 from stablefield.data._tables import is_saved, parquet_files, saved_files
 
-__all__ = ["SUPPORTED", "Images", "as_image_set", "open_images"]
+__all__ = ["SUPPORTED", "Images", "as_image_set", "open_images", "warned"]
 
 Images = str | Path | ImageSet | NDArray[Any] | Tensor
 """A path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), or float data (n, ...)."""
@@ -341,7 +343,7 @@ def open_images(
 
 
 def as_image_set(name: str, images: Images, labels: NDArray[np.int64] | Tensor | None = None) -> ImageSet:
-    """Turn an argument that holds images into an image set.
+    """Turn an argument that holds images into an image set, with a warning for each of its notes if it was none.
 
     Args:
         name: the argument's name, for errors.
@@ -357,7 +359,7 @@ def as_image_set(name: str, images: Images, labels: NDArray[np.int64] | Tensor |
     if isinstance(images, ImageSet):
         return images
     if isinstance(images, str | Path):
-        return open_images(images)
+        return warned(name, open_images(images))
     if isinstance(images, Tensor):
         # NumPy has no bfloat16.
         images = (images.float() if images.dtype == torch.bfloat16 else images).detach().cpu().numpy()
@@ -367,9 +369,25 @@ def as_image_set(name: str, images: Images, labels: NDArray[np.int64] | Tensor |
     )
     numbers = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
     made = make_image_set(array, numbers, Origin(name=name, source="an array"))
-    for note in made.recorded_notes:
-        warnings.warn(f"{name}: {note}", stacklevel=3)
-    return made
+    return warned(name, made)
+
+
+def warned(name: str, images: ImageSet) -> ImageSet:
+    """The image set that a caller gave as a path, a name or an array, after a warning for each of its notes.
+
+    Who passes an image set has opened it, as the command does, and can read its notes.
+
+    Args:
+        name: the argument's name.
+        images: what it holds.
+    """
+    depth, frame = 1, currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("stablefield."):
+        depth, frame = depth + 1, frame.f_back  # up to the caller, outside of this package
+    for note in images.notes if os.environ.get("RANK", "0") == "0" else ():
+        if not note.startswith(AS_THEY_ARE):  # says what was done, and not that something is wrong
+            warnings.warn(f"{name}: {note}", stacklevel=depth)
+    return images
 
 
 def _kind(source: str | Path, path: Path) -> Source:

@@ -14,7 +14,7 @@ from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
-from stablefield.data._source import Images, as_image_set, open_images
+from stablefield.data._source import Images, as_image_set, open_images, warned
 from stablefield.evaluation._extraction import Batch, image_batches
 from stablefield.evaluation._extractor import check_images
 
@@ -96,7 +96,7 @@ def opened(name: str, images: Images, split: str, progress: Report | None) -> Im
     if isinstance(images, str | Path):
         if (Path(images) / "config.json").is_file():
             raise ValueError(f"{name}={str(images)!r} is a run: evaluate it by Run({str(images)!r}).evaluate(...).")
-        return open_images(images, split=split, progress=progress)
+        return warned(name, open_images(images, split=split, progress=progress))
     try:
         if isinstance(images, Tensor) and not images.is_floating_point():
             check_images(images)

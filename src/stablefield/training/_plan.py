@@ -16,7 +16,7 @@ from stablefield._distributed import Ranks
 from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._image_set import ImageSet
 from stablefield.data._scaling import Scaling
-from stablefield.data._source import Images, as_image_set, open_images
+from stablefield.data._source import Images, as_image_set, open_images, warned
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import RunEstimate, estimate_run
 from stablefield.training._fully_sharded import shards
@@ -191,7 +191,7 @@ def _held_out(
     if isinstance(held_out, int | float | np.number):
         return HeldOut.part(float(held_out), data, recipe), None
     if isinstance(held_out, str | Path):
-        others = open_images(held_out, **data.reading)
+        others = warned("held_out", open_images(held_out, **data.reading))
     else:
         others = as_image_set("held_out", held_out)
     return HeldOut.other(others, data, recipe), others
@@ -258,7 +258,7 @@ def images_and_recipe(
         limit = None
         if recipe is None:
             limit = side_of(source) or largest_resolution(accelerated=accelerated)
-        data = open_images(images, limit=limit)
+        data = warned("images", open_images(images, limit=limit))
     if recipe is not None and labels is not None and not recipe.conditional:
         raise ValueError(
             "labels are given, and the recipe has conditional=False, which ignores them: set it to True, or leave labels "

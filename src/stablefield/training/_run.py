@@ -26,7 +26,7 @@ from stablefield._atomic_file import write_atomically
 from stablefield._progress import Progress
 from stablefield._shapes import whole_number
 from stablefield.data._image_set import ImageSet
-from stablefield.data._source import Images, as_image_set
+from stablefield.data._source import Images, as_image_set, warned
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._result import Evaluation
@@ -451,8 +451,10 @@ class Run:
         for complaint in newest[2] if newest is not None and ranks.first else ():
             warnings.warn(f"skipped a newer checkpoint, whose steps are taken again: {complaint}", stacklevel=2)
         with ranks.rank_0_first("to open the data"):
-            if data is None or isinstance(data, str | Path):
-                data = open_own(config, data or "")
+            if data is None:
+                data = open_own(config)
+            elif isinstance(data, str | Path):
+                data = warned("data", open_own(config, data))
         images = as_image_set("data", data, labels)
         # Whatever may refuse an argument comes before the run changes.
         if steps is not None and config.autoencoder is not None and ranks.first:

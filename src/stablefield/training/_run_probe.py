@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stablefield._progress import Progress
 from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._image_set import ImageSet
-from stablefield.data._source import open_images
+from stablefield.data._source import open_images, warned
 from stablefield.diffusion._objective import DenoiserLike
 from stablefield.probing._network_probe import NetworkProbe, probe_network
 from stablefield.probing._population import MOST, Samples
@@ -159,7 +159,8 @@ def probe(
         assert isinstance(folder, str | Path)
         return _probe_run(Path(folder), network, noise_levels, max_images, sources, seed, device, progress)
     if isinstance(data, str | Path):
-        data = open_images(data, limit=largest_resolution(accelerated=device.type == "cuda"), progress=progress)
+        limit = largest_resolution(accelerated=device.type == "cuda")
+        data = warned("data", open_images(data, limit=limit, progress=progress))
     if not isinstance(data, ImageSet | Tensor | np.ndarray):
         raise TypeError(f"data is a {type(data).__name__}: pass images, a tensor, the name of data, or a run.")
     if training is None:
