@@ -268,7 +268,7 @@ class Recipe:
     learning_rate: float = 1e-3
     """Adam's learning rate, after the ramp."""
     ramp_images: int = 20_000
-    """Images over which the learning rate rises linearly from 0."""
+    """Images over which the learning rate rises linearly from 0; 0 for no ramp."""
     decay_share: float = 0.3
     """Last share of the steps over which the learning rate falls linearly to 0."""
     max_grad_norm: float = 1.0
@@ -278,7 +278,8 @@ class Recipe:
     ema_half_life: float = 50_000
     """Half-life of the averaged weights, in images."""
     ema_ramp: float = 0.05
-    """Upper bound of the half-life as a share of the images seen."""
+    """Upper bound of the half-life as a share of the images seen, so that early weights do not stay in the averages. At 0
+    there is no averaging at all: to leave the bound out, pass 1, which is next to none."""
     ema_snapshot_every: int = 0
     """Steps between snapshots of two power-function averages, for `stablefield ema`; 0 for none."""
     augmentation: float = 0.0
