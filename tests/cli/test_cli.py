@@ -1,6 +1,7 @@
 """The command: from digits to pictures, and every wrong use told in one paragraph with status 2."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import stablefield as sf
 from forks import COMMAND, Fork
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
@@ -128,7 +130,8 @@ def test_interrupted_run_is_saved_and_resumed_to_the_bytes_of_the_whole(
     whole: Path, tmp_path: Path, number: int, fork: Callable[..., Fork]
 ) -> None:
     cut = tmp_path / "cut"
-    process = fork(COMMAND, "train", "digits", *LONGER, "--log-every", "1", "--out", cut)
+    measured = ["--device", "cpu", "--evaluate-every", "70", "--evaluate-samples", "40", "--extractor", "pixels"]
+    process = fork(COMMAND, "train", "digits", *LONGER, "--log-every", "1", "--out", cut, *measured)
     log = cut / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text().count("\n") > 5) and time.monotonic() < deadline:
@@ -136,9 +139,15 @@ def test_interrupted_run_is_saved_and_resumed_to_the_bytes_of_the_whole(
     os.kill(process.pid, number)
     told, _ = process.communicate(60)
     assert process.returncode == 128 + number  # as a shell has it: 130 and 143
-    assert "to continue: stablefield train --resume" in told
+    given = next(line for line in told.splitlines() if "to continue: " in line).partition("to continue: ")[2]
+    command, *words = shlex.split(given)
+    assert command == "stablefield"
+    # What the run keeps is not in it.
+    assert words[:2] == ["train", "--resume"]
+    assert words[4:] == ["--device", "cpu", *measured[2:]]
     assert status("sample", str(cut), "--seeds", "0", "--out", str(tmp_path / "one.png")) == 0
-    assert status("train", "--resume", "--out", str(cut)) == 0
+    assert status(*words) == 0
+    assert [entry["step"] for entry in sf.Run(cut).metrics() if "frechet" in entry] == [70, 80]
     name = "checkpoints/step-00000080/ema.safetensors"
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
 

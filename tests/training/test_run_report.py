@@ -68,6 +68,21 @@ def test_the_report_is_replaced_at_the_looks_and_loads_itself_again_until_the_tr
     assert not (run.path / "samples" / "training.gif").exists()
 
 
+def test_a_value_that_is_not_the_newest_says_its_step(followed: tuple[sf.Run, list[str]], tmp_path: Path) -> None:
+    run, _ = followed
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / "run" / name).write_bytes((run.path / name).read_bytes())
+    copy = sf.Run(tmp_path / "run")
+    copy.folder.log({"step": 10, "frechet": 3.25, "frechet_error": 0.5})
+    assert re.search(r"frechet +3\.25 ± 0\.5 at step 10\n", str(copy.report()))
+    assert re.search(r"\nloss +[\d.]+\n", str(copy.report()))  # of the last line, step 25
+    page = copy.report().save(tmp_path / "report.html").read_text("utf-8")
+    assert "of a few samples, at step 10" in page
+    copy.folder.log({"step": 25, "frechet": 2.5, "frechet_error": 0.5})
+    assert re.search(r"frechet +2\.5 ± 0\.5\n", str(copy.report()))
+
+
 def test_the_report_says_what_the_log_says(followed: tuple[sf.Run, list[str]], tmp_path: Path) -> None:
     run, _ = followed
     report = run.report()

@@ -209,6 +209,14 @@ class Train(TrainingFlags):
                     f"--{name.replace('_', '-')} with --resume: a run opens its data as at its start; leave it out."
                 )
 
+    def _for_resume(self) -> list[str]:
+        """The given flags that a run does not keep, for the command that continues it."""
+        kept = {"vae", "device", "tracker", "evaluate_every", "evaluate_samples", "measure"}
+        kept |= {"data", "held_out"} if self.resume else set()  # where they have moved to
+        besides = {field.name for field in dataclasses.fields(self)} - kept
+        words = words_of(self, Train(), besides=besides)
+        return [word for word in words if word != "--data"]  # it has no flag
+
     def _steps(self) -> int | None:
         """The value of --steps, if given."""
         values = given(self.config.words).get("--steps")
@@ -256,7 +264,7 @@ class Train(TrainingFlags):
                 every=EVERY,
                 stop=lambda: interruption.requested,
             )
-        _print_end(run, time.monotonic() - began)
+        _print_end(run, time.monotonic() - began, self._for_resume())
         # For a shell or a scheduler, an unfinished run is not a success.
         return interruption.status if run.step < steps else 0
 
@@ -354,12 +362,12 @@ def _summed(recipe: Recipe, processes: int, device: torch.device) -> str:
     return "by DistributedDataParallel" if overlaps(recipe, processes, device) else "in a fixed order"
 
 
-def _print_end(run: Run, seconds: float) -> None:
+def _print_end(run: Run, seconds: float, flags: Sequence[str]) -> None:
+    """Print what a run has left, and how to continue it, with these flags, or to draw from it."""
     done = run.step
     if done < run.config.recipe.steps:
-        console.print(
-            f"stopped at step {done:,}; to continue: {quoted('stablefield', 'train', '--resume', '--out', run.path)}"
-        )
+        command = quoted("stablefield", "train", "--resume", "--out", run.path, *flags)
+        console.print(f"stopped at step {done:,}; to continue: {command}")
     else:
         console.print(f"done in {duration(seconds)}")
         console.print(f"samples:    {escape(relative(run.drawn))}")

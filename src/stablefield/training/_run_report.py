@@ -195,6 +195,11 @@ class RunReport(Result):
     def _last(self, name: str) -> float | None:
         return next((float(line[name]) for line in reversed(self.lines) if name in line), None)
 
+    def _earlier(self, name: str) -> str:
+        """Where the last value is from, such as "at step 200", if there are later lines; else empty."""
+        step = next((line["step"] for line in reversed(self.lines) if name in line), self.step)
+        return f"at step {step:,}" if step < self.step else ""
+
     def _key_figures(self) -> tuple[KeyFigure, ...]:
         recipe = self.config.recipe
         found = [
@@ -208,8 +213,9 @@ class RunReport(Result):
         ):
             value, error = self._last(name), self._last(f"{name}_error")
             if value is not None and not (name == "loss" and self._last("fixed_loss") is not None):
+                about = ", ".join(filter(None, (note, self._earlier(name))))
                 found.append(
-                    KeyFigure(value=value if error is None else Estimate(value, error), label=label, note=note)
+                    KeyFigure(value=value if error is None else Estimate(value, error), label=label, note=about)
                 )
         speed = self._last("images_per_second")
         if speed:
@@ -229,7 +235,8 @@ class RunReport(Result):
         for name in (*names, "images_per_second"):
             value, error = self._last(name), self._last(f"{name}_error")
             if value is not None:
-                rows.append((name.replace("_", " "), f"{value:.4g}" + (f" ± {error:.1g}" if error else "")))
+                text = f"{value:.4g}" + (f" ± {error:.1g}" if error else "")
+                rows.append((name.replace("_", " "), f"{text} {self._earlier(name)}".rstrip()))
         return rows
 
     def _curve(self, label: str, value: "_Getter", error: "_Getter | None" = None) -> Line | None:
