@@ -21,6 +21,7 @@ from stablefield.evaluation._fid import frechet_distance_from_features
 from stablefield.evaluation._inception_score import inception_score
 from stablefield.evaluation._memorisation import nearest_ratio
 from stablefield.evaluation._precision_recall import recall
+from stablefield.evaluation._reference import FIRST
 from stablefield.training._run import Run
 from stablefield.training._run_source import RunSource
 from stablefield.training._sampler import SamplerOptions
@@ -193,14 +194,14 @@ def test_features_of_real_images_are_kept_and_used_again(
     call = RandomConvolutions.__call__
     monkeypatch.setattr(RandomConvolutions, "__call__", lambda net, x: seen.append(len(x)) or call(net, x))
     first = measured(tmp_path / "r.json", *flags)
-    # Two batches of 64 tell how long it will take.
-    assert sum(seen) == 128 + 1797 + 60
+    # Two batches of 64 tell how long it will take, and the first images whether kept features still hold.
+    assert sum(seen) == 128 + 1797 + 60 + FIRST
     assert {path.suffixes[0] for path in cache.iterdir()} == {".moments", ".rows"}
     assert measured(tmp_path / "r.json", *flags) == first
-    assert sum(seen) == 2 * 128 + 1797 + 2 * 60
+    assert sum(seen) == 2 * 128 + 1797 + 2 * 60 + 2 * FIRST
     measured(tmp_path / "r.json", *flags, "--no-cache")
     measured(tmp_path / "r.json", *flags, "--cache", str(tmp_path / "mine"))
-    assert sum(seen) == 4 * 128 + 3 * 1797 + 4 * 60
+    assert sum(seen) == 4 * 128 + 3 * 1797 + 4 * 60 + 3 * FIRST
     assert len(list((tmp_path / "mine").iterdir())) == 2
 
 
