@@ -45,9 +45,14 @@ def modules_of(call: object) -> list[nn.Module]:
 
 
 def varies(call: object) -> bool:
-    """Whether a call draws dropout or normalises by its batch, because a module that it reaches is in training mode."""
-    parts = (part for module in modules_of(call) for part in module.modules() if part.training)
-    return any(isinstance(part, _NORMALISES) or _share(part) > 0 for part in parts)
+    """Whether a call seems to draw dropout or to normalise by its batch: a module that it may reach is in training mode."""
+    parts = (part for module in modules_of(call) for part in module.modules())
+    return any(_normalises(part) or (part.training and _share(part) > 0) for part in parts)
+
+
+def _normalises(part: nn.Module) -> bool:
+    """Whether a module normalises by its batch."""
+    return isinstance(part, _NORMALISES) and (part.training or part.running_mean is None)
 
 
 def _share(part: nn.Module) -> float:
@@ -90,6 +95,9 @@ def _of_function(function: Any, owner: object = None) -> Iterator[tuple[object, 
     """What a function holds and loads; `owner` is the object whose method it is."""
     if not isinstance(function, FunctionType):
         return
+    inner = inspect.unwrap(function)
+    if inner is not function:  # such as under torch.no_grad
+        yield from _of_function(inner, owner)
     names, loaded = _names_of(function.__code__)
     if owner is not None:
         yield owner, names

@@ -210,6 +210,8 @@ def test_noise_that_is_not_scaled_to_the_first_level_is_warned_of(sampler):
     sampler(denoiser, 5 * noise - 3, GRID)
     sampler(denoiser, 0.5 * noise, torch.tensor([0.5, 0.1]))
     sampling.log_likelihood(denoiser, 0.1 * noise, GRID)  # from data to noise
+    padded = 5 * torch.cat([noise, torch.zeros(4, 40)], 1).double()  # as of molecules with few atoms
+    sampler(denoiser, padded, GRID)
 
 
 def test_a_denoiser_that_normalises_by_its_batch_is_warned_of():

@@ -238,19 +238,22 @@ def test_noise_that_frames_or_tokens_share_is_refused_in_every_layout(
         call(process, x0, process.perturb(x0, 1.0, mixed), torch.ones(16), mixed if given else None)
 
 
+@pytest.mark.parametrize("atoms_first", [True, False])
 def test_noise_without_a_mean_over_the_atoms_of_a_molecule_is_accepted_and_its_target_exact(
-    rng: torch.Generator,
+    atoms_first: bool, rng: torch.Generator
 ) -> None:
     """Data and noise lie in the subspace of zero centres, where the noise is white."""
-    atoms = torch.randn(64, 18, 3, generator=rng, dtype=torch.float64)
-    noise = torch.randn(64, 18, 3, generator=rng, dtype=torch.float64)
+    atoms = torch.randn(64, 40, 3, generator=rng, dtype=torch.float64)
+    noise = torch.randn(64, 40, 3, generator=rng, dtype=torch.float64)
     atoms, noise = (x - x.mean(1, keepdim=True) for x in (atoms, noise))
     process, sigma = sf.EDM(), 3.0
-    target = sf.StableTarget(process, references=sf.Pool(atoms))
     x_t = process.perturb(atoms, sigma, noise)
-    found = target(atoms, x_t, sigma, index=torch.arange(64), noise=noise).x0
-    # In coordinates of the subspace, 17 x 3 of them.
-    basis = torch.linalg.qr(torch.eye(18, dtype=torch.float64) - 1 / 18).Q[:, :17]
+    given = [x if atoms_first else x.mT.contiguous() for x in (atoms, x_t, noise)]
+    target = sf.StableTarget(process, references=sf.Pool(given[0]))
+    found = target(given[0], given[1], sigma, index=torch.arange(64), noise=given[2]).x0
+    found = found if atoms_first else found.mT
+    # In coordinates of the subspace, 39 x 3 of them.
+    basis = torch.linalg.qr(torch.eye(40, dtype=torch.float64) - 1 / 40).Q[:, :39]
     inner, noisy = (torch.einsum("bni,nk->bki", x, basis).flatten(1) for x in (atoms, x_t))
     weights = (-torch.cdist(noisy, inner).square() / (2 * sigma**2)).softmax(1)
     torch.testing.assert_close(found, (weights @ atoms.flatten(1)).reshape(atoms.shape), rtol=0, atol=1e-5)

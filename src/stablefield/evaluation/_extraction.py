@@ -6,6 +6,7 @@ number once: neither the number of processes nor a sampler's padding changes the
 that pads its last batch must leave out the padding if a metric needs moments.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,28 +92,28 @@ def extract(
         One `Features` per pass.
 
     Raises:
-        ValueError: if an extractor rejects images, is in training mode, or returns another shape than it declares, or NaN
-            or infinite numbers; names the image's number.
+        ValueError: if an extractor rejects images, or returns another shape than it declares, or NaN or infinite numbers;
+            names the image's number.
+
+    Warns:
+        UserWarning: if an extractor seems to be in training mode.
     """
-    for one in passes:
-        _check_mode(one.extractor)
     kept = [_Kept(one) for one in passes]
-    for images, numbers in batches:
+    for k, (images, numbers) in enumerate(batches):
         parts = images.split(at_once or max(1, len(images)))
         for one in kept:
             features = torch.cat([one.extractor(part) for part in parts]).cpu()
             features = features if features.dtype == torch.float64 else features.float()
             _check(features, numbers, one.extractor, what)
             one.add(features, numbers)
+            if k == 0 and varies(one.extractor):
+                warnings.warn(
+                    f"{one.extractor.name}: a network that it calls is in training mode, so its dropout or batch "
+                    "normalisation makes the features of an image depend on chance or on the other images: call eval() of "
+                    "the network.",
+                    stacklevel=2,
+                )
     return [one.features(ranks or Ranks()) for one in kept]
-
-
-def _check_mode(extractor: Extractor) -> None:
-    if varies(extractor):
-        raise ValueError(
-            f"{extractor.name} is in training mode, so its dropout or batch normalisation makes the features of an image "
-            "depend on chance or on the other images: call eval() of the network."
-        )
 
 
 def _check(features: Tensor, numbers: Tensor, extractor: Extractor, what: str) -> None:

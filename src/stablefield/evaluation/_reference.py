@@ -116,7 +116,9 @@ class ReferenceSet:
         if not self.mirrored:
             return
         for rows, numbers in image_batches(np.arange(len(self.images)), self.rows, batch, ranks, progress, stage):
-            yield torch.from_numpy(self.images.mirror_images(rows.numpy())), self._plain + numbers
+            # Latents of mirrored images are drawn, in each batch from another seed.
+            mirrored = self.images.mirror_images(rows.numpy(), int(numbers[0]))
+            yield torch.from_numpy(mirrored), self._plain + numbers
 
     def record(self, extractor: Extractor) -> dict[str, Any]:
         """All that the features depend on: the fields of `Protocol` for real images."""
@@ -169,8 +171,8 @@ def measure_reference(
     paths = _paths(cache, record, wanted)
     found: dict[Kind, tuple[Tensor, str]] = {}
     if is_kept(reference, wanted, cache):
+        first = _fingerprint(reference, wanted.extractor)
         try:
-            first = _fingerprint(reference, wanted.extractor)
             found = {kind: load_tensor(path, kind, record, first) for kind, path in paths.items()}
         except ValueError as error:
             warnings.warn(f"{error} It is recomputed now.", DamagedCacheWarning, stacklevel=2)

@@ -124,8 +124,9 @@ def start(
             stacklevel=4,  # past the decorator of the sampler
         )
     levels = grid_levels(sampler, sigmas)
-    # Data plus noise is not smaller than the noise, of which 32 numbers tell the size.
-    if noisy and x.numel() >= 32 and float(rms := x.square().mean().sqrt()) < levels[0] / 2:
+    # Data plus noise is not smaller than the noise, of which 32 numbers tell the size. Padding has neither.
+    count = max(1, int(x.count_nonzero()))
+    if noisy and x.numel() >= 32 and float(rms := (x.square().sum() / count).sqrt()) < levels[0] / 2:
         warnings.warn(
             f"{sampler}: x has a root mean square of {float(rms):.3g}, too small for a state at sigmas[0]={levels[0]:.6g}: "
             "pass sigmas[0] times standard normal noise.",

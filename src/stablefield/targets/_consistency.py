@@ -7,10 +7,10 @@ and no loss curve shows it. Four properties of a batch hold whatever the data:
 - If the noise is given, $x_t - \alpha x_0 - \sigma \varepsilon$ is zero up to rounding, in every row.
 - $|x_t - \alpha x_0|^2 / \sigma^2$ is chi-square with d degrees of freedom in every row (for Student's t with D degrees of
   freedom, d times an F variable), so its sum over the batch has a known spread.
-- For images, so is the square of the noise's mean over each channel, times the number of pixels. This detects offset noise.
-  The mean over the first axis of a row with several has no larger variance either. It detects noise that frames (T, C, H, W)
-  or tokens (T, D) share. A smaller one is no fault: the noise of molecules (atoms, 3) has a mean of 0 over the atoms if the
-  data have.
+- For images, so is the square of the noise's mean over each channel, times the number of pixels. More detects offset noise.
+  So is that of its mean over the first axis of a row with several. More detects noise that frames (T, C, H, W) or tokens
+  (T, D) share. Less is no fault: the noise of molecules (atoms, 3) or (3, atoms) has a mean of 0 over the atoms if the data
+  have.
 - The direction of the noise is uniform and independent of the data, so $\sqrt{d}$ times the cosine between the noise and
   the row's own deviation from the batch's mean has mean 0 and variance 1. Noise that was assigned to the data, as by optimal
   transport, is closer to them. This is summed over calls, because one small batch may not show it.
@@ -220,15 +220,15 @@ def consistency_checks(
         deviation, mean = law
         checks.append(Check(~(deviation > 1).reshape(1), lambda _: _law_message(process, t, float(mean))))
     if x0.ndim > 2 and isinstance(kernel, GaussianKernel):
-        # The sum of the squared means, how many numbers each is over, the least ratio that is a fault, and what it means.
-        parts = [(found.channels, x0[0, 0].numel(), 0.0, _offset_message)] if x0[0, 0].numel() >= _PIXELS else []
-        parts += [(found.shared, x0.shape[1], 1.0, _shared_message)] if x0.shape[1] > 1 else []
-        for squares, count, least, message in parts:
+        # The sum of the squared means, how many numbers each is over, and what a failure means.
+        parts = [(found.channels, x0[0, 0].numel(), _offset_message)] if x0[0, 0].numel() >= _PIXELS else []
+        parts += [(found.shared, x0.shape[1], _shared_message)] if x0.shape[1] > 1 else []
+        for squares, count, message in parts:
             means = torch.where(usable, squares * scale.square(), 0) * count
             of_means = _law(kernel, means, usable, d // count, repeats)
             assert of_means is not None
             deviation, mean_square = of_means
-            deviation = torch.where(mean_square < least, 0, deviation)
+            deviation = torch.where(mean_square < 1, 0, deviation)  # less is no fault, see above
             say = partial(_ratio_message, message, mean_square)
             checks.append(Check(~(deviation > 1).reshape(1), say))
     norms = found.own * found.drawn

@@ -29,7 +29,8 @@ draws of so many samples, because their $d_k$ are equal up to 1. They are left t
 
 The rows of all ranks reach each shard of a `ShardedPool`, so it sees how often all of them have drawn its samples. It
 compares these with each other, and the shard as a whole with the rest, because each shard may hold one class. So every pair
-of samples is compared, and no rank counts more than its own samples.
+of samples is compared, and no rank counts more than its own samples. Coincidences are left out there: a sampler may read one
+shard after the other.
 
 A pool that holds mirror images or flipped samples assumes that a row is a flipped one with probability 1/2. Let $f_i$ be 1/2
 if row i is flipped, and -1/2 otherwise. Rows of one sample g in a batch may share their flip; those of different samples do
@@ -81,7 +82,7 @@ class Frequencies:
     Args:
         weights: probability of each sample, any scale, shape (n,), float64.
         labels: label of each sample, integers (n,), or None.
-        first: draws before the first comparison of the counts; four for each sample if None.
+        first: draws before the first comparison; None for four for each sample, and for coincidences before.
         name: makes a sample's name from its index.
     """
 
@@ -109,7 +110,7 @@ class Frequencies:
         # The drawn rows without those of repeated calls.
         self._fresh = torch.zeros((), dtype=torch.long, device=weights.device)
         self._coincidences: _Coincidences | None = None
-        if self._first > _EARLY:
+        if first is None and self._first > _EARLY:
             self._next, self._coincidences = _EARLY, _Coincidences(weights, self._labels)
         self._name = name
 

@@ -56,7 +56,7 @@ class Spread:
         centred = (2 * torch.stack(places) + 1).double() / count - 1
         self._places = (centred / ((1 - 1 / count.double().square()) / 3).sqrt()).where(count > 1, 0).float()
         self._placed = count > 1
-        self._seen = torch.zeros(n, dtype=torch.bool)
+        self._seen, self._came = torch.zeros(n, dtype=torch.bool), 0
         self._squares, self._batches, self._done = [0.0, 0.0], [0, 0], False
 
     def add(self, index: Tensor, labelled: Tensor | None, counted: Tensor) -> Check | None:
@@ -73,8 +73,10 @@ class Spread:
         kinds = [index[counted]] if bool((counted & ~labelled).any()) else [index[:0]]
         kinds += [index[counted & labelled]] if self._by_label else []
         found = [self._square(some, kind) for kind, some in enumerate(kinds)]
-        self._seen[index[counted]] = True
-        self._done = float(self._seen.sum()) > _COVERED * self._n
+        some = torch.unique(index[counted])
+        self._came += int((~self._seen[some]).sum())  # not counted anew: a pool may be large
+        self._seen[some] = True
+        self._done = self._came > _COVERED * self._n
         for kind, square in enumerate(found):
             if square is not None:
                 self._squares[kind] += square
@@ -108,9 +110,9 @@ class Spread:
             f"the batches are no random subsets of the Pool: their samples {order} lie so close together that over "
             f"{self._batches[kind]} batches their middle has {ratio:.3g} times the variance of that of random ones. With "
             f"size={self._size} the rows of a batch are references for each other, which then biases the targets towards "
-            f"the batch. Shuffle all of the data, or pass weights=torch.ones({self._n}) to the Pool, whose references are "
-            f"drawn without regard to the batch.{unless} For calls outside training pass "
-            "StableTarget(..., validate_args=False)."
+            "the batch. Shuffle all of the data, make the Pool from the samples that you train on, or pass "
+            f"weights=torch.ones({self._n}) to the Pool, whose references are drawn without regard to the batch.{unless} For "
+            "calls outside training pass StableTarget(..., validate_args=False)."
         )
 
 
