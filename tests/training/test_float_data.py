@@ -34,6 +34,7 @@ RECIPE = Recipe(
     conditional=True,
     sample_every=0,
 )
+ORIGIN = sf.data.Origin(name="points", source="made up")
 MEANS, STDS = np.array([[10.0, -2.0], [14.0, 3.0]]), np.array([0.5, 1.0])
 
 
@@ -92,6 +93,28 @@ def edm_loss(denoiser, x: np.ndarray, labels: np.ndarray) -> float:
     with torch.no_grad():
         found = denoiser(noisy, torch.from_numpy(sigma[:, 0]).float(), class_labels=torch.from_numpy(labels)).numpy()
     return float(((sigma**2 + 0.25) / (0.5 * sigma) ** 2 * (found - x) ** 2).mean())
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        (lambda x: x, True),
+        (lambda x: x[:60], True),
+        (lambda x: 0.2 * (x - x.mean(0)) + x.mean(0) + x.std(0), True),  # a narrow part of the source's data
+        (lambda x: x + 2 * x.std(0), True),
+        (lambda x: x * [1, 1e-3], False),  # a column in other units
+        (lambda x: x * [1, 1e3], False),
+        (lambda x: x + [0, 6] * x.std(0), False),
+    ],
+    ids=["same", "part", "narrow", "moved", "smaller column", "larger column", "far column"],
+)
+def test_the_scaling_of_a_source_is_taken_for_channels_in_its_units_each(points, tmp_path, change, taken):
+    values, labels = mixture(600, seed=2)
+    values = change(values).astype(np.float32)
+    recipe = dataclasses.replace(RECIPE, steps=1, batch=32, learning_rate=1e-30)
+    plan = make_plan(sf.data.make_image_set(values, labels[: len(values)], ORIGIN), recipe, init=points, device="cpu")
+    assert (plan.config.scaling.mean == points.config.scaling.mean) == taken
+    assert (plan.config.scaling.std == points.config.scaling.std) == taken
 
 
 @pytest.mark.parametrize("source", ["run", "export"])

@@ -152,7 +152,7 @@ def train_until_the_disk_is_full(run: RunFolder, step: int) -> str:
             full_disk(4096)
 
     try:
-        with pytest.raises(TrainingError, match=r"cannot be written.*free some space, then resume it") as told:
+        with pytest.raises(TrainingError, match=r"cannot be written.*free some space, then go on") as told:
             fit(run, run.config(), open_digits(), device=torch.device("cpu"), report=fill, every=1)
         return str(told.value)
     finally:
@@ -161,7 +161,7 @@ def train_until_the_disk_is_full(run: RunFolder, step: int) -> str:
 
 def test_a_full_disk_stops_the_run_with_a_message_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=8))
-    assert train_until_the_disk_is_full(run, 6).endswith("then resume it. Earlier checkpoints are intact.")
+    assert train_until_the_disk_is_full(run, 6).endswith("then go on. Earlier checkpoints are intact.")
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-00000004"]
     whole = start(tmp_path / "whole", dataclasses.replace(SMALL, steps=8))
     go(whole)
@@ -173,7 +173,7 @@ def test_a_full_disk_stops_the_run_with_a_message_and_keeps_the_checkpoint_befor
 def test_a_full_disk_at_a_snapshot_is_told_in_the_same_words(tmp_path: Path) -> None:
     run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=4, ema_snapshot_every=2))
     told = train_until_the_disk_is_full(run, 2)
-    assert told.endswith("then resume it. There is no checkpoint yet: a resume begins with the first step.")
+    assert told.endswith("then go on. There is no checkpoint yet: a resume begins with the first step.")
     assert list((run.path / "ema").iterdir()) == []
 
 

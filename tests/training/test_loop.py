@@ -220,7 +220,7 @@ def test_a_dead_process_is_told_as_such_and_not_as_a_full_disk(tmp_path: Path, m
         raise RankError("rank 1 has died.")
 
     monkeypatch.setattr(Stepper, "take", fail)
-    words = r"^rank 1 has died\. There is no checkpoint yet: a resume begins with the first step\.$"
+    words = r"^rank 1 has died\. No step is done: start the run again\.$"
     with pytest.raises(TrainingError, match=words):
         go(start(tmp_path / "run", SMALL))
 

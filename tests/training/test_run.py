@@ -89,6 +89,36 @@ def test_a_call_that_fails_before_a_step_leaves_its_folder_to_the_corrected_one(
         assert sf.train("digits", out=out, **given).path.resolve() == folder
 
 
+@pytest.mark.parametrize("place", ["stablefield/mine.py", "notes.txt", "checkpoints/mine.pt"])
+def test_a_call_that_fails_before_a_step_removes_no_file_of_others(tmp_path: Path, place: str, run: sf.Run) -> None:
+    def start(made: sf.Run, _: object) -> None:
+        (made.path / place).parent.mkdir(exist_ok=True)
+        (made.path / place).write_text("kept")
+        raise RuntimeError("no memory")
+
+    for name, init in (("plain", None), ("init", run.path)):
+        with pytest.raises(RuntimeError, match="no memory"):
+            sf.train("digits", out=tmp_path / name, recipe=TINY, steps=2, device="cpu", on_start=start, init=init)
+        assert (tmp_path / name / place).read_text() == "kept"
+        assert sf.Run(tmp_path / name).resume(device="cpu").step == 2  # the run stays, too
+
+
+def test_a_run_without_a_checkpoint_can_be_resumed_to_fewer_steps(tmp_path: Path) -> None:
+    """A kill at step 15 of 100, before the first checkpoint, and then a shorter total."""
+
+    class KillError(BaseException):
+        pass
+
+    def kill(report: Any) -> None:
+        if report.step >= 15:
+            raise KillError
+
+    recipe = dataclasses.replace(TINY, steps=100, checkpoint_every=1000, log_every=5)
+    with pytest.raises(KillError):
+        sf.train("digits", out=tmp_path / "a", recipe=recipe, device="cpu", progress=kill, every=5)
+    assert sf.Run(tmp_path / "a").resume(steps=10, device="cpu").step == 10
+
+
 def test_a_run_that_fails_after_a_step_stays(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no memory"):
         sf.train("digits", out=tmp_path / "a", recipe=TINY, steps=2, device="cpu", every=1, progress=fails)

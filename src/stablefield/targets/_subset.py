@@ -111,8 +111,8 @@ class Spread:
             f"{self._batches[kind]} batches their middle has {ratio:.3g} times the variance of that of random ones. With "
             f"size={self._size} the rows of a batch are references for each other, which then biases the targets towards "
             "the batch. Shuffle all of the data, make the Pool from the samples that you train on, or pass "
-            f"weights=torch.ones({self._n}) to the Pool, whose references are drawn without regard to the batch.{unless} For "
-            "calls outside training pass StableTarget(..., validate_args=False)."
+            f"weights=torch.ones({self._n}) to the Pool, whose references are drawn without regard to the batch.{unless} "
+            "For calls outside training pass StableTarget(..., validate_args=False)."
         )
 
 

@@ -58,7 +58,7 @@ class TrainingError(Exception):
 
 def not_finite(what: str) -> TrainingError:
     """The error of a run whose numbers are not finite; `what` says which."""
-    return TrainingError(f"{what}: lower learning_rate or max_grad_norm.")
+    return TrainingError(f"{what}: lower learning_rate or max_grad_norm in a new run.")
 
 
 @contextmanager
@@ -72,9 +72,7 @@ def writing() -> Generator[None]:
     except OSError as error:
         full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space" if full else "check its folder"
-        raise TrainingError(
-            f"the run cannot be written ({error.strerror or error}): {remedy}, then resume it."
-        ) from error
+        raise TrainingError(f"the run cannot be written ({error.strerror or error}): {remedy}, then go on.") from error
 
 
 class Observer(Protocol):
@@ -186,7 +184,7 @@ def check_watchers(
         check_callable("progress", report, "progress(report)")
     if on_start is not None:
         check_callable("on_start", on_start, "on_start(run, images)")
-    check_kind("observers", observers, (list, tuple), "a list of observers")
+    check_kind("observers", observers, Sequence, "a list of observers")
     for k, observer in enumerate(observers):
         check_callable(f"observers[{k}]", observer, "observer(step, denoiser)")
         whole_number(f"observers[{k}].every", getattr(observer, "every", None), 1)
@@ -475,6 +473,8 @@ class _Loop:
 
 def _remaining(folder: RunFolder) -> str:
     """What remains of a run that cannot continue."""
+    if not folder.environments.exists():
+        return "No step is done: start the run again."
     if folder.has_checkpoint:
         return "Earlier checkpoints are intact."
     return "There is no checkpoint yet: a resume begins with the first step."

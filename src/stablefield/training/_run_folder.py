@@ -7,7 +7,6 @@ and, during training, .stablefield.lock
 
 import math
 import re
-import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -108,10 +107,17 @@ class RunFolder:
         """Remove what a run that has taken no step wrote to the folder, so that another can begin there."""
         # If it cannot be removed, or another process trains in it by now, it stays.
         with suppress(OSError, ValueError), self.locked():
-            if self.environments.exists():
+            first, tracked = self.checkpoint(0), self.path / TRACKED
+            events = [*tracked.rglob("events.out.tfevents.*"), *tracked.rglob("hparams.yml")]
+            files = [found for found in self.path.rglob("*") if not found.is_dir() and first not in found.parents]
+            others = {*files} - {self.path / "config.json", *events}
+            # With a file of somebody else, such as of on_start, all stays.
+            if self.environments.exists() or not all(map(self._is_beginning, others)):
                 return
-            shutil.rmtree(self.path / TRACKED, ignore_errors=True)
-            first = self.checkpoint(0)
+            for file in events:
+                file.unlink()
+            for folder in sorted((found for found in [tracked, *tracked.rglob("*")] if found.is_dir()), reverse=True):
+                folder.rmdir()
             remove(first)  # of weights to begin with
             if first.parent.exists():
                 first.parent.rmdir()
@@ -126,8 +132,12 @@ class RunFolder:
         if self._lock is None:
             Lock(self.path / _LOCK).require_free()
 
+    def _is_beginning(self, path: Path) -> bool:
+        """Whether it is a lock or a file that a killed process began to write."""
+        return path.parent == self.path and _BEGINNINGS.fullmatch(path.name) is not None
+
     def _require_empty(self) -> None:
-        if any(_BEGINNINGS.fullmatch(found.name) is None for found in self.path.iterdir()):
+        if not all(map(self._is_beginning, self.path.iterdir())):
             self.require_unlocked()
             raise ValueError(f"out={self.path} is not empty: name a new folder, or resume the run in it.")
 
@@ -276,7 +286,8 @@ class RunFolder:
                 "was to begin: start the run again in a new folder."
             )
         # A kill leaves no more than this without a checkpoint; a line of the log precedes the checkpoint of its step.
-        first = min(config.recipe.checkpoint_every, config.recipe.steps)
+        total = max(config.recipe.steps, *(change.before for change in config.extensions), 0)
+        first = min(config.recipe.checkpoint_every, total)
         if config.held_out is not None:
             first = min(first, config.held_out.every)  # the first look is the best one so far
         reached = max((*(entry["step"] for entry in self.metrics()), *snapshot_files(self.snapshots)), default=0)

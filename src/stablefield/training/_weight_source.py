@@ -42,8 +42,9 @@ __all__ = ["WeightSource", "copied_weights", "open_weights", "side_of"]
 _BYTES = "images, whose bytes v mean v / 127.5 - 1"
 _WANTED = "name the folder of a run or an export, or a file with a state dict (.safetensors, .pt, .pth)"
 _DIFFUSERS = "diffusion_pytorch_model.safetensors"
-_NEAR = 4.0
-"""Float data whose size is the source's up to this factor seem to be in its units, and take its scaling."""
+_NEAR, _NARROW = 4.0, 1 / 20
+"""Float data seem to be in the source's units, and take its scaling, if in each channel the deviation is not above `_NEAR`
+times the source's, nor below `_NARROW` times, and the mean not farther off than `_NEAR` times."""
 _LISTED = 3
 """Channels of a scaling that a note names."""
 _LEVEL = re.compile(r"(?<![\w])(enc|dec)\.(\d+)x(\d+)_")
@@ -105,10 +106,11 @@ class WeightSource:
         mean, std, own_mean, own_std = (np.array(part) for part in (theirs.mean, theirs.std, own.mean, own.std))
         if np.any((std == 0) & (own_std > 0)):
             return None  # it would take away all that the channel holds
-        varying = std > 0
-        moved = (own_mean - mean)[varying] / std[varying]
-        size = np.sqrt(np.mean((own_std[varying] / std[varying]) ** 2 + moved**2))
-        return replace(theirs, dtype=own.dtype) if 1 / _NEAR <= size <= _NEAR else None
+        varying = (std > 0) & (own_std > 0)
+        # One channel in other units is not to hide among the rest. A part of the source's data may vary little.
+        spread, moved = own_std[varying] / std[varying], np.abs(own_mean - mean)[varying] / std[varying]
+        near = (spread >= _NARROW) & (spread <= _NEAR) & (moved <= _NEAR)
+        return replace(theirs, dtype=own.dtype) if near.all() else None
 
     def read(self) -> tuple[dict[str, Tensor], str, str]:
         """The tensors by name, the checksum of their file, and which weights these are, in words.
