@@ -5,9 +5,7 @@ A source is recognised by its content, not by its name. `SOURCES` lists the kind
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Callable
-from inspect import currentframe
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from stablefield._progress import Progress
 from stablefield._regular_file import open_regular
 from stablefield._shapes import check_callable, check_kind, flag, whole_number
+from stablefield._warning import warn
 from stablefield.data._archive import Archive, is_archive
 from stablefield.data._arrays import AS_THEY_ARE, open_npy, open_npz
 from stablefield.data._cifar10 import cifar10_folder, open_cifar10
@@ -381,12 +380,9 @@ def warned(name: str, images: ImageSet) -> ImageSet:
         name: the argument's name.
         images: what it holds.
     """
-    depth, frame = 1, currentframe()
-    while frame is not None and str(frame.f_globals.get("__name__")).startswith("stablefield."):
-        depth, frame = depth + 1, frame.f_back  # up to the caller, outside of this package
     for note in images.notes if os.environ.get("RANK", "0") == "0" else ():
         if not note.startswith(AS_THEY_ARE):  # says what was done, and not that something is wrong
-            warnings.warn(f"{name}: {note}", stacklevel=depth)
+            warn(f"{name}: {note}")
     return images
 
 

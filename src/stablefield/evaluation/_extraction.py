@@ -6,7 +6,6 @@ number once: neither the number of processes nor a sampler's padding changes the
 that pads its last batch must leave out the padding if a metric needs moments.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from stablefield._distributed import Ranks
 from stablefield._modules import varies
 from stablefield._progress import Progress
+from stablefield._warning import warn
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import empty_moments, join_moments, moments_of
 from stablefield.evaluation._metric import Features, Metric
@@ -107,11 +107,10 @@ def extract(
             _check(features, numbers, one.extractor, what)
             one.add(features, numbers)
             if k == 0 and varies(one.extractor):
-                warnings.warn(
+                warn(
                     f"{one.extractor.name}: a network that it calls is in training mode, so its dropout or batch "
                     "normalisation makes the features of an image depend on chance or on the other images: call eval() of "
                     "the network.",
-                    stacklevel=2,
                 )
     return [one.features(ranks or Ranks()) for one in kept]
 

@@ -6,7 +6,6 @@ device, cheap beside a network, and it stops a run of thousands of evaluations a
 the message.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from stablefield._modules import varies
 from stablefield._shapes import check_callable, check_tensor
+from stablefield._warning import warn
 
 __all__ = ["Callback", "Denoise", "SolverLoop", "derivative", "grid_levels", "start"]
 
@@ -117,20 +117,18 @@ def start(
     if not torch.isfinite(x).all():
         raise ValueError(f"{sampler}: x holds NaN or infinite values: pass sigmas[0] times standard normal noise.")
     if varies(denoiser):
-        warnings.warn(
+        warn(
             f"{sampler}: the denoiser, or a network that it calls, is in training mode, so its dropout or batch "
             "normalisation makes its output depend on chance or on the other rows: call denoiser.eval(), or eval() of the "
             "network.",
-            stacklevel=4,  # past the decorator of the sampler
         )
     levels = grid_levels(sampler, sigmas)
     # Data plus noise is not smaller than the noise, of which 32 numbers tell the size. Padding has neither.
     count = max(1, int(x.count_nonzero()))
     if noisy and x.numel() >= 32 and float(rms := (x.square().sum() / count).sqrt()) < levels[0] / 2:
-        warnings.warn(
+        warn(
             f"{sampler}: x has a root mean square of {float(rms):.3g}, too small for a state at sigmas[0]={levels[0]:.6g}: "
             "pass sigmas[0] times standard normal noise.",
-            stacklevel=4,
         )
     return SolverLoop(sampler=sampler, denoiser=denoiser, levels=levels, callback=callback)
 

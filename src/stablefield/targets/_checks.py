@@ -3,22 +3,16 @@
 Conditions on values are collected and read together, because each read on a GPU makes the host wait.
 """
 
-import inspect
-import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stablefield._shapes import check_tensor, is_integer
+from stablefield._warning import warn
 
 __all__ = ["Check", "check_pair", "finite_check", "require", "row_flags", "row_numbers", "to_host", "value_check"]
-
-# Folders of this package and of torch, whose frames lie between a warning and the user's line.
-_INSIDE = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
 
 
 @dataclass(frozen=True)
@@ -66,15 +60,7 @@ def require(*checks: Check) -> None:
             message = check.message(int(failing[0, 0]))
             if not check.warning:
                 raise ValueError(message)
-            warnings.warn(message, UserWarning, stacklevel=_users_level())
-
-
-def _users_level() -> int:
-    """The level of the first frame outside this package and torch, counted from the caller: the user's own line."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame, level = frame.f_back, level + 1
-    return level
+            warn(message)
 
 
 def to_host(given: Sequence[Tensor], optional: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor | None]]:
