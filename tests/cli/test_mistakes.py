@@ -99,6 +99,8 @@ def test_usual_names_are_understood(line: str, same: str) -> None:
         ("data is missing: name them.", "DATA is missing: name them."),
         ("the data is damaged: k=3, subset_size=4, a = b.", "the data is damaged: k=3, subset_size=4, a = b."),
         ("subset_size is 7: too many.", "subset_size is 7: too many."),
+        ("runs/samples=8,seed=3/a.png is damaged.", "runs/samples=8,seed=3/a.png is damaged."),
+        ("data/split=train/mirror=True is empty.", "data/split=train/mirror=True is empty."),
     ],
 )
 def test_an_argument_in_an_error_of_the_library_becomes_the_flag(message: str, words: str) -> None:

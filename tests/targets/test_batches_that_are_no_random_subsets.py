@@ -11,7 +11,7 @@ from torch import Tensor
 import stablefield as sf
 from stablefield.targets import _pool as pools
 from stablefield.targets import _subset as subsets
-from stablefield.targets._subset import Spread
+from stablefield.targets._spread import Spread
 
 DATA = torch.tensor([[-1.0, 0.2], [0.1, 0.4], [0.8, -0.5], [1.5, 1.0]], dtype=torch.float64)
 LABELS = torch.tensor([0, 0, 1, 1])

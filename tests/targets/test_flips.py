@@ -216,7 +216,7 @@ def test_samples_that_are_their_own_flips_count_for_neither(rng: torch.Generator
 
 def test_the_check_of_flips_cannot_fire_by_chance(rng: torch.Generator) -> None:
     """Of 300 runs of some looks, with batches of rows that share their flips, none is warned of."""
-    from stablefield.targets._draws import Flips
+    from stablefield.targets._flips import Flips
 
     for n, rows in ((2, 1), (10, 4), (100, 1)):
         for _ in range(100):

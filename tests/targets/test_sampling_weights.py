@@ -318,11 +318,11 @@ def test_draws_that_are_even_are_not_found_uneven_early(loader: str, rng: torch.
 
 
 def test_coincidences_and_their_expectation_are_those_of_a_count_by_hand(rng: torch.Generator) -> None:
-    from stablefield.targets._draws import _Coincidences
+    from stablefield.targets._coincidences import Coincidences
 
     n, weights = 13, torch.rand(13, generator=rng, dtype=torch.float64)
     labels = torch.randint(3, (n,), generator=rng)
-    found, batches = _Coincidences(weights, labels), []
+    found, batches = Coincidences(weights, labels), []
     for _ in range(30):
         place, labelled, counted = torch.randint(n, (7,), generator=rng), *(torch.rand(2, 7, generator=rng) < 0.7)
         found.add(place + n * labelled.long(), counted)
@@ -342,12 +342,12 @@ def test_coincidences_and_their_expectation_are_those_of_a_count_by_hand(rng: to
 
 def test_coincidences_cannot_be_too_many_by_chance(rng: torch.Generator) -> None:
     """Of 600 runs with equal and with very unequal weights, known to the pool, none comes near the bound."""
-    from stablefield.targets._draws import _Coincidences
+    from stablefield.targets._coincidences import Coincidences
 
     worst = []
     for weights in (torch.ones(500), torch.ones(4000), torch.cat([torch.full((3,), 100.0), torch.ones(3000)])):
         for _ in range(200):
-            found = _Coincidences(weights.double(), None)
+            found = Coincidences(weights.double(), None)
             for index in torch.multinomial(weights, 2048, True, generator=rng).split(32):
                 found.add(index, torch.ones(32, dtype=torch.bool))
             worst.append(found.deviations().max())

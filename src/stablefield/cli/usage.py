@@ -111,16 +111,16 @@ def as_flags(message: str, renamed: Mapping[str, str] | None = None, verb: str =
         return name if name in known or argument in (renamed or {}) else None
 
     message = re.sub(r"^([a-z][\w.]*)(?= (is|has|and|needs) )", lambda found: flag_of(found[0]) or found[0], message)
-    # A switch has no value.
-    message = re.sub(r"(?<![\w.-])([a-z][\w.]*)=True\b", lambda found: flag_of(found[1]) or found[0], message)
+    # A switch has no value. Folders may be called `runs/seed=0,width=8`: nothing changes after a slash, or a comma alone.
+    message = re.sub(r"(?<![\w./,-])([a-z][\w.]*)=True\b", lambda found: flag_of(found[1]) or found[0], message)
     message = re.sub(
-        r"(?<![\w.-])([a-z]\w*)=False\b",
+        r"(?<![\w./,-])([a-z]\w*)=False\b",
         lambda found: flag_of(f"no_{found[1]}") or flag_of(found[1]) or found[0],
         message,
     )
     # Without a space before the value: `a = b` is a formula.
     message = re.sub(
-        r"(?<![\w.-])([a-z][\w.]*)=(?=[^\s=])",
+        r"(?<![\w./,-])([a-z][\w.]*)=(?=[^\s=])",
         lambda found: found[0] if (flag := flag_of(found[1])) is None else f"{flag} ",
         message,
     )

@@ -12,40 +12,18 @@ row with the same samples, such as those that accumulate the gradients of severa
 samples never drawn should be about $\sum_k e^{-e_k}$, and 0 after an epoch. Rows with a label are compared with the other
 samples of that label, because the posterior sees no others; rows without one, with all.
 
-That needs some draws of every sample. Long before, samples that come too often show in coincidences, as common birthdays
-do. Let $d_k$ be the number of earlier batches with sample k. Given these, a row drawn as assumed, with probability $p_k$,
-has $\sum_k p_k d_k$ coincidences in expectation, with a variance of at most $\sum_k p_k d_k^2$. So the coincidences D less
-the sum A of the expectations are a martingale. Let V be the sum of the variances and b the largest $d_k$. By Freedman's
-inequality
-
-$$ P(D - A \ge x) \le \exp\left(-\frac{x^2}{2 (V + b x / 3)}\right) , $$
-
-whatever the pool, its weights and the time of the comparison. A is about $N^2 / 2n$ for N rows and equal weights. Epochs in
-any order have fewer coincidences. A sample counts once in a batch, and a batch is compared with all but the one before it:
-neither several rows of a sample in a batch nor such rows across its end are coincidences. A row with a label has $p_k$ and
-$d_k$ among the samples and the earlier rows of its label, so it does not matter how often a label comes. Passes over one
-batch, over a part of the pool or over the fixed share of a rank have more coincidences, too, but the fewest for so many
-draws of so many samples, because their $d_k$ are equal up to 1. They are left to Pearson's test.
+That needs some draws of every sample. Long before, samples that come too often show in coincidences, see `_coincidences`.
 
 The rows of all ranks reach each shard of a `ShardedPool`, so it sees how often all of them have drawn its samples. It
 compares these with each other, and the shard as a whole with the rest, because each shard may hold one class. So every pair
 of samples is compared, and no rank counts more than its own samples. Coincidences are left out there: a sampler may read one
 shard after the other.
 
-A pool that holds mirror images or flipped samples assumes that a row is a flipped one with probability 1/2. Let $f_i$ be 1/2
-if row i is flipped, and -1/2 otherwise. Rows of one sample g in a batch may share their flip; those of different samples do
-not. Then $\sum_g f_g$ with $f_g = \sum_{i \in g} f_i$ has mean 0, and its variance is the expectation of $\sum_g f_g^2$. The
-sum exceeds s roots of the latter with a probability of at most $2 e^{-s^2 / 2}$, by Hoeffding's inequality, since each term
-is as likely as its negative.
-
 References:
     Pearson, "On the Criterion that a Given System of Deviations...", Philosophical Magazine 1900; Wilson, Hilferty, "The
-    Distribution of Chi-Square", PNAS 1931; Freedman, "On Tail Probabilities for Martingales", Annals of Probability 1975,
-    theorem 1.6; Hoeffding, "Probability Inequalities for Sums of Bounded Random Variables", JASA
-    1963.
+    Distribution of Chi-Square", PNAS 1931.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -54,22 +32,19 @@ from torch import Tensor
 
 from stablefield._distributed import Ranks
 from stablefield.targets._checks import Check
+from stablefield.targets._coincidences import Coincidences
 from stablefield.targets._engine.reference_matrix import wide_dtype
 
-__all__ = ["Draws", "Flips", "Frequencies", "Shares"]
+__all__ = ["Draws", "Frequencies", "Shares"]
 
 # Standard deviations beyond which draws are not as assumed; chance never reaches them.
 _SPREADS = 12.0
 # Mean squared relative deviation of the probabilities that deserves a warning: 10 % each.
 _DEVIATION = 0.01
-# The same for the share of flipped rows, and its deviation from 1/2 that deserves a warning.
-_FLIP_SPREADS, _FLIP_DEVIATION = 5.0, 0.01
 # Draws for each sample before the first comparison; later ones follow whenever the draws have doubled.
 _FIRST = 4
-# Draws before the first comparison of coincidences, and how many of them the passes over a part would not have.
-_EARLY, _UNEQUAL = 1024, 0.1
-# Rows to keep until their coincidences are counted.
-_KEPT = 2**15
+# Draws before the first comparison of coincidences.
+_EARLY = 1024
 # Calls in a row with the same samples that are one draw. Longer runs train on one batch, a draw in each step.
 _SAME_CALLS = 64
 # Probability of the same samples by chance, as in tiny pools, from which on calls are separate draws.
@@ -109,9 +84,9 @@ class Frequencies:
         self._repeated = _Repeated(self._chance)
         # The drawn rows without those of repeated calls.
         self._fresh = torch.zeros((), dtype=torch.long, device=weights.device)
-        self._coincidences: _Coincidences | None = None
+        self._coincidences: Coincidences | None = None
         if first is None and self._first > _EARLY:
-            self._next, self._coincidences = _EARLY, _Coincidences(weights, self._labels)
+            self._next, self._coincidences = _EARLY, Coincidences(weights, self._labels)
         self._name = name
 
     def add(
@@ -196,167 +171,6 @@ class Frequencies:
             "this if each process draws from its own part of the Pool and the parts together cover it, or if you made the "
             "same draws twice, such as in a second run from the same seed with this Pool. For calls outside training pass "
             "StableTarget(..., validate_args=False)."
-        )
-
-
-class _Coincidences:
-    """Samples that come in several batches.
-
-    Args:
-        weights: probability of each sample, any scale, shape (n,), float64.
-        labels: label of each sample, numbered from 0, (n,), or None.
-    """
-
-    def __init__(self, weights: Tensor, labels: Tensor | None) -> None:
-        n, self._weights, self._labels = len(weights), weights, labels
-        kinds = 1 if labels is None else 2
-        # The samples that a row may be: all without a label, number 0, else those of label j, number 1 + j.
-        self._total = weights.new_zeros(1 if labels is None else 1 + n)
-        self._total[0] = weights.sum()
-        if labels is not None:
-            self._total.index_add_(0, 1 + labels, weights)
-        # The d_k; for each number the sums of p_k d_k and p_k d_k^2; for each kind of rows D, A and V.
-        self._times = torch.zeros(kinds * n, dtype=torch.int32, device=weights.device)
-        self._expected = weights.new_zeros(2, len(self._total))
-        self._sums = weights.new_zeros(3, kinds)
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        self._rows = 0
-
-    def add(self, place: Tensor, counted: Tensor) -> None:
-        """Add a batch: the drawn samples (B,), plus n for rows with a label, and which rows to count, bool (B,)."""
-        self._kept.append((place, counted))
-        self._rows += len(place)
-        if self._rows >= _KEPT:
-            self._count()
-
-    def _count(self) -> None:
-        """Count the batches that were kept: many at once, because each operation takes its time."""
-        if not self._kept:
-            return
-        n, calls = len(self._weights), len(self._kept) + 1
-        place, counted = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
-        call = torch.cat([torch.full_like(part, k + 1) for k, (part, _) in enumerate(self._kept)])
-        self._kept, self._rows = [], 0
-        # In the order of samples and then of calls; the first row of each sample in a call decides, a counted one if any is.
-        key = (2 * (place * calls + call) + (~counted).long()).sort().values
-        row, place, call = key // 2, key // 2 // calls, key // 2 % calls
-        begins = place.new_ones(1)
-        drawn = torch.cat([begins, (row.diff() != 0).long()]) * (1 - key % 2)
-        earlier = drawn.cumsum(0) - drawn
-        of_sample = (torch.cat([begins, (place.diff() != 0).long()]) * earlier).cummax(0).values
-        before = self._times[place] + earlier - of_sample
-        neighbour = torch.searchsorted(key, 2 * (row - 1)).clamp(max=len(key) - 1)
-        others = before - (key[neighbour] == 2 * (row - 1)).long()
-        # The sums over the rows of the same number in earlier calls, but the last.
-        kind = place // n
-        number = kind if self._labels is None else kind * (1 + self._labels[place - kind * n])
-        weight = self._weights[place - kind * n]
-        chance = drawn * weight / self._total[number].clamp(min=torch.finfo(weight.dtype).tiny)
-        gain = torch.stack([chance, chance * (2 * before + 1)])
-        ordered, order = (number * calls + call).sort()
-        running = torch.nn.functional.pad(gain[:, order].cumsum(1), (1, 0))
-        first, last = (torch.searchsorted(ordered, number * calls + end) for end in (0, call - 1))
-        sums = self._expected[:, number] + running[:, last] - running[:, first]
-        self._sums.index_add_(1, kind, torch.cat([others[None].to(sums), sums]) * drawn)
-        self._expected.index_add_(1, number, gain)
-        self._times.index_add_(0, place, drawn.int())
-
-    def deviations(self) -> Tensor:
-        """How many more coincidences there are than chance makes, over the bound, for each kind of rows (1 or 2,)."""
-        self._count()
-        found, chance, variance = self._sums
-        times = self._times.view(-1, len(self._weights))
-        excess = (found - chance).clamp(min=0)
-        spreads = excess / (variance + times.amax(1) * excess / 3).clamp(min=1).sqrt()
-        unequal = torch.stack([self._unequal(each, kind) for kind, each in enumerate(times)])
-        uneven = torch.minimum(spreads / _SPREADS, excess / (_DEVIATION * chance).clamp(min=1))
-        return torch.minimum(uneven, unequal / _UNEQUAL)
-
-    def _unequal(self, times: Tensor, kind: int) -> Tensor:
-        """The share of the pairs of batches with a sample in common that equal `times` (n,) would not have."""
-        times = times.to(self._weights.dtype)
-        number = torch.zeros_like(times).long() if kind == 0 or self._labels is None else self._labels
-        draws, samples = torch.zeros(2, len(times), dtype=times.dtype, device=times.device).index_add_(
-            1, number, torch.stack([times, (times > 0).to(times)])
-        )
-        each = (draws / samples.clamp(min=1)).floor()
-        least = samples * each * (each - 1) / 2 + (draws - samples * each) * each
-        pairs = (times * (times - 1) / 2).sum()
-        return (pairs - least.sum()) / pairs.clamp(min=1)
-
-    def pairs(self, kind: int) -> tuple[int, int]:
-        """The number of coincidences, and that expected."""
-        found, chance, _ = self._sums[:, kind].tolist()
-        return round(found), math.ceil(chance)
-
-
-class Flips:
-    """Counts of the rows that are flipped samples.
-
-    Args:
-        count: number of samples.
-    """
-
-    def __init__(self, count: int) -> None:
-        # Sums over the batches of each sample's flipped rows less its others, of the squares of this, and of its rows.
-        self._sums = torch.zeros(3, count, dtype=torch.long)
-        self._drawn = 0
-        # A loader that reads the samples and then the flipped ones needs two passes until the share is 1/2.
-        self._next = _FIRST * count
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
-        self._own: Tensor | None = None
-
-    def add(
-        self, index: Tensor, flipped: Tensor | None, counted: Tensor, own: Callable[[Tensor], Tensor]
-    ) -> Check | None:
-        """Count a batch, and check the share of flipped rows; None if it is too early, or after a warning.
-
-        Args:
-            index: the drawn samples, integers (B,), on the host, as all.
-            flipped: which rows are flipped, bool (B,); None if no row says so: then none is, because the pool compares rows
-                with its samples.
-            counted: which rows to count, bool (B,).
-            own: finds which of the samples at an index (m,) are their own flips, bool (m,): they count for neither.
-        """
-        if self._next == 0:
-            return None
-        given, flipped = flipped is not None, torch.zeros_like(counted) if flipped is None else flipped
-        last, self._last = self._last, (index.clone(), flipped.clone(), counted.clone())
-        if last is not None and all(torch.equal(one, other) for one, other in zip(last, self._last, strict=True)):
-            return None  # the same draw, such as to accumulate gradients over draws of noise
-        samples, place = torch.unique(index[counted], return_inverse=True)
-        signs = 2 * flipped[counted].long() - 1
-        sums = torch.zeros(2, len(samples), dtype=torch.long).index_add_(1, place, torch.stack([signs, signs.abs()]))
-        self._sums[:, samples] += torch.stack([sums[0], sums[0].square(), sums[1]])
-        self._drawn += len(place)
-        if self._drawn < self._next:
-            return None
-        self._next = 2 * self._drawn
-        if self._uneven() and self._own is None:  # it reads samples, so only now
-            self._own = torch.zeros(self._sums.shape[1], dtype=torch.bool)
-            there = self._sums[2].nonzero()[:, 0]
-            self._own[there] = own(there)
-        return Check(torch.tensor([not self._uneven()]), lambda _: self._message(given), warning=True)
-
-    def _totals(self) -> list[int]:
-        sums = self._sums if self._own is None else self._sums[:, ~self._own]
-        return sums.sum(1).tolist()
-
-    def _uneven(self) -> bool:
-        total, square, rows = self._totals()
-        return abs(total) > max(_FLIP_SPREADS * math.sqrt(square), 2 * _FLIP_DEVIATION * rows)
-
-    def _message(self, given: bool) -> str:
-        self._next = 0  # one warning is enough
-        total, square, rows = self._totals()
-        how = (
-            "say flip=" if given else "are flipped (no flip= was given, and rows are compared with the Pool's samples)"
-        )
-        return (
-            f"{(rows + total) // 2} of {rows} rows {how}, {abs(total) / math.sqrt(square):.3g} standard errors from half of "
-            "them. The Pool holds each sample and its flip, and takes both for equally likely: the targets are biased. "
-            "Flip each row with probability 1/2 and pass flip=, or make the Pool without mirrored=True, flipped= or "
-            "flipped_mean=. For calls outside training pass StableTarget(..., validate_args=False)."
         )
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from stablefield._shapes import check_floating_dtype, flag, whole_number
 from stablefield.targets._checks import Check, require, value_check
-from stablefield.targets._draws import Flips, Frequencies
+from stablefield.targets._draws import Frequencies
 from stablefield.targets._engine.query import Host
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix, bits_of, tensor_version, wide_dtype
+from stablefield.targets._flips import Flips
 from stablefield.targets._moments import Moments, check_distances
 from stablefield.targets._pool_arguments import (
     check_data,
@@ -25,7 +26,8 @@ from stablefield.targets._pool_arguments import (
     checked_weights,
 )
 from stablefield.targets._references import UNKNOWN_LABEL, Batch, Selection, Stored
-from stablefield.targets._subset import Spread, choose, drawn_seed, drawn_subset, others
+from stablefield.targets._spread import Spread
+from stablefield.targets._subset import choose, drawn_seed, drawn_subset, others
 
 __all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool"]
 
