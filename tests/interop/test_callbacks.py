@@ -1,6 +1,9 @@
 """`ExcessLoss` in the loops of Accelerate, Lightning and diffusers: the real packages train and log it."""
 
 import csv
+import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 
 import stablefield as sf
+from forks import Fork
 from stablefield.interop import accelerate_callback, lightning_callback
 
 
@@ -135,7 +139,9 @@ def test_callbacks_measure_functions_around_a_network_in_evaluation_mode(tmp_pat
     callback = lightning_callback(measured, every=1, network=lambda module: lambda x, t: module.net(x, t))
     module = lightning.LightningModule()
     module.net = network
-    callback.on_train_batch_end(SimpleNamespace(global_step=1, is_global_zero=True, loggers=[logger]), module)
+    strategy = SimpleNamespace(broadcast=lambda metrics: metrics)
+    trainer = SimpleNamespace(global_step=1, is_global_zero=True, loggers=[logger], strategy=strategy)
+    callback.on_train_batch_end(trainer, module)
     assert logged == [expected]
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, project_dir=str(tmp_path))
@@ -168,6 +174,109 @@ def test_the_three_lines_in_the_unconditional_script_of_diffusers() -> None:
             losses.append(float((model(noisy, timesteps).sample - noise).square().mean()))
     expected = sum(losses) / len(losses)
     assert abs(metrics["excess_loss/loss"] - expected) < 4 * metrics["excess_loss/loss_se"] + 0.01 * expected
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Lightning's own
+def test_lightning_keeps_the_checkpoint_with_the_lowest_distance(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    distances: dict[int, float] = {}
+
+    class Watched(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            if batch_idx % 2 == 0:  # what the callback measures after this many steps
+                distances[batch_idx] = measured(self.net).total("distance").value
+            return loss_of(self.net, batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=3.0)  # so high that the last is not the best
+
+    torch.manual_seed(0)
+    module, measured = Watched(), excess()
+    kept = ModelCheckpoint(str(tmp_path), monitor="excess_loss/distance", every_n_train_steps=2)
+    trainer = lightning.Trainer(
+        max_steps=7,
+        accelerator="cpu",
+        callbacks=[kept, lightning_callback(measured, every=2, network=lambda module: module.net)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(data(), batch_size=4))
+    best = min((2, 4, 6), key=distances.__getitem__)
+    assert kept.best_model_path.endswith(f"step={best}.ckpt")
+    assert kept.best_model_score == pytest.approx(distances[best], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Lightning's own
+def test_a_callback_measures_every_run_that_it_is_used_in(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    logged: list[int] = []
+    logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.append(step))
+    network, module = Net(), lightning.LightningModule()
+    callback = lightning_callback(excess(), every=4, network=lambda _: network)
+    strategy = SimpleNamespace(broadcast=lambda metrics: metrics)
+    for _ in range(3):
+        for step in range(1, 5):
+            trainer = SimpleNamespace(global_step=step, is_global_zero=True, loggers=[logger], strategy=strategy)
+            if step == 1:
+                callback.on_train_start(trainer, module)
+            callback.on_train_batch_end(trainer, module)
+    assert logged == [4, 4, 4]
+    accelerate = pytest.importorskip("accelerate")
+    log = accelerate_callback(excess(), accelerate.Accelerator(cpu=True, project_dir=str(tmp_path)), every=4)
+    networks = [Net(), Net()]
+    found = [[log(network, step) is not None for step in (1, 2, 3, 4, 4)] for network in networks]
+    assert found == [[False, False, False, True, False]] * 2
+    # Two models at one step, each after every batch of it.
+    assert [log(network, 8) is not None for network in (*networks, *networks)] == [True, True, False, False]
+
+
+def test_an_accelerator_that_drops_the_metrics_is_warned_of_once(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    log = accelerate_callback(excess(), accelerate.Accelerator(cpu=True, project_dir=str(tmp_path)), every=1)
+    with pytest.warns(UserWarning, match=r"has no tracker, so it drops the excess: pass log_with= .*init_trackers"):
+        log(Net(), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log(Net(), 2)
+
+
+SHARDED = """
+import json, sys
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import stablefield as sf
+from accelerate import Accelerator
+
+accelerator = Accelerator(cpu=True)
+torch.manual_seed(0)
+network = torch.nn.Linear(4, 4)
+forward = network.forward
+network.forward = lambda x, t: forward(x)
+images = torch.randn(40, 4)
+excess = sf.ExcessLoss(images, process=sf.Cosine(), prediction="epsilon", levels=2, rows=8)
+expected = excess(network).metrics()
+fully_shard(network, mesh=init_device_mesh("cpu", (2,)))
+found = sf.interop.accelerate_callback(excess, accelerator, every=1)(network, 1)
+print(json.dumps([expected, found.metrics()]))
+"""
+
+
+def test_all_processes_measure_a_sharded_network_together(
+    fork_ranks: Callable[..., list[Fork]], tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate")
+    for process in fork_ranks(2, SHARDED, cwd=tmp_path, PYTHONWARNINGS="ignore"):
+        assert process.wait() == 0, process.stderr
+        expected, found = json.loads(process.stdout.splitlines()[-1])
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_a_callback_needs_is_said() -> None:

@@ -588,6 +588,21 @@ def test_class_0_and_an_array_of_classes_are_named_classes(tmp_path: Path) -> No
     assert "classes in the proportions of the training data" in unnamed.in_proportion().describe()
 
 
+def test_an_integer_is_the_number_of_a_class_and_a_text_its_name(tmp_path: Path) -> None:
+    digits = sf.data.open_images("digits")
+    for digit in (1, 2, 3):  # names that are also numbers, of other classes
+        (tmp_path / "data" / str(digit)).mkdir(parents=True)
+        for k, image in enumerate(digits.images[digits.labels == digit][:4]):
+            Image.fromarray(image[0]).save(tmp_path / "data" / str(digit) / f"{k}.png")
+    run = sf.train(tmp_path / "data", out=tmp_path / "run", recipe=short(steps=1, conditional=True), device="cpu")
+    assert run.config.class_names == ("1", "2", "3")
+    for label, number in ((1, 1), (np.array([2, 0]), (2, 0)), ("1", 0), (["3", 0], (2, 0)), ("0", 0)):
+        expected = number if isinstance(number, tuple) else (number,)
+        assert run.sampler(class_label=label, steps=2, device="cpu").classes == expected
+    with pytest.raises(ValueError, match=r"class_label=3: the run has classes 0 \(1\), 1 \(2\), 2 \(3\)"):
+        run.sample(1, class_label=3, steps=2, device="cpu")
+
+
 def test_natural_arguments_of_any_kind_mean_what_plain_ones_mean(tmp_path: Path) -> None:
     recipe = short(steps=4, conditional=True, checkpoint_every=2, ema_snapshot_every=2, sample_every=0)
     data = sf.data.open_images("digits", resolution=np.int64(4))

@@ -3,12 +3,15 @@
 import sys
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
 from stablefield._shapes import check_callable, check_kind, whole_number
+from stablefield._warning import warn
 from stablefield.probing._excess import Excess
 from stablefield.probing._excess_loss import ExcessLoss
+from stablefield.training._fully_sharded import is_sharded
 
 __all__ = ["accelerate_callback", "lightning_callback"]
 
@@ -22,10 +25,11 @@ def accelerate_callback(
         ...
         log_excess(model, global_step)
 
-    With gradient accumulation you may also call it after each batch: it logs a step once. It unwraps the model and measures
-    on the main process; the others go on and wait at their next collective operation, so a measurement must be shorter than
-    the process group's timeout. A model that is sharded over processes cannot be measured this way. A function around a
-    network is measured as it is: with several processes let it call `accelerator.unwrap_model(model)`.
+    With gradient accumulation you may also call it after each batch: it logs each model once a step. It unwraps the model,
+    and measures on the main process; the others go on and wait at their next collective operation, so a measurement must be
+    shorter than the process group's timeout. All processes measure a model together whose weights are sharded over them by
+    `fully_shard`. A function around a network is measured as it is: with several processes let it call
+    `accelerator.unwrap_model(model)`.
 
     Args:
         excess: what to log.
@@ -46,14 +50,26 @@ def accelerate_callback(
     for name in ("log", "unwrap_model"):
         check_callable(f"accelerator.{name}", getattr(accelerator, name, None), f"accelerate.Accelerator().{name}")
 
-    last: int | None = None
+    last = -1
+    # The models, or for functions `log`, that were measured at this step: several batches may belong to it.
+    measured: WeakSet[Callable[..., Any]] = WeakSet()
+    warned = False
 
     def log(model: Callable[..., Any], step: int) -> Excess | None:
-        nonlocal last
-        # Several batches may belong to one step.
-        if whole_number("step", step, 0) % every or step == last or not accelerator.is_main_process:
+        nonlocal last, warned
+        if whole_number("step", step, 0) != last:
+            last = step
+            measured.clear()
+        which = model if isinstance(model, nn.Module) else log
+        if step % every or which in measured or not (accelerator.is_main_process or _is_sharded(model)):
             return None
-        last = step
+        measured.add(which)
+        if not warned and not getattr(accelerator, "trackers", True):
+            warned = True
+            warn(
+                "the accelerator has no tracker, so it drops the excess: pass log_with= to Accelerator and call "
+                "accelerator.init_trackers(NAME) before the loop, or use what log(model, step) returns."
+            )
         # Accelerate unwraps modules only.
         found = excess(accelerator.unwrap_model(model) if isinstance(model, nn.Module) else model)
         accelerator.log(found.metrics(prefix), step=step)
@@ -74,7 +90,9 @@ def lightning_callback(
         excess = sf.ExcessLoss(images, prediction="v", process=sf.Cosine())
         trainer = lightning.Trainer(callbacks=[sf.interop.lightning_callback(excess, network=lambda module: module.net)])
 
-    With several processes the first one measures and logs.
+    The metrics go to the loggers and to `trainer.callback_metrics`, so `ModelCheckpoint(monitor="excess_loss/distance")` and
+    `EarlyStopping` can use them. With several processes the first one measures, and the others wait for it; all measure a
+    network together whose weights are sharded over them by `fully_shard`.
 
     Args:
         excess: what to log.
@@ -99,17 +117,31 @@ def lightning_callback(
         def __init__(self) -> None:
             self._last = 0
 
+        def on_train_start(self, *_: Any) -> None:
+            self._last = 0
+
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
             step = int(trainer.global_step)
             # Several batches may belong to one step.
-            if step == self._last or step % every or not trainer.is_global_zero:
+            if step == self._last or step % every:
                 return
             self._last = step
-            metrics = excess(pl_module if network is None else network(pl_module)).metrics(prefix)
-            for logger in trainer.loggers:
+            measured = pl_module if network is None else network(pl_module)
+            metrics: dict[str, float] = {}
+            if trainer.is_global_zero or _is_sharded(measured):
+                metrics = excess(measured).metrics(prefix)
+            # Every process needs them, or one would save a checkpoint alone.
+            metrics = trainer.strategy.broadcast(metrics)
+            pl_module.log_dict(metrics, logger=False, on_step=True, on_epoch=False)
+            # With the step, which log_dict would replace by that of `log_every_n_steps`.
+            for logger in trainer.loggers if trainer.is_global_zero else ():
                 logger.log_metrics(metrics, step=step)
 
     return ExcessCallback()
+
+
+def _is_sharded(model: Callable[..., Any]) -> bool:
+    return isinstance(model, nn.Module) and any(is_sharded(weight) for weight in model.parameters())
 
 
 def _lightning_base() -> type:

@@ -148,8 +148,9 @@ class Run:
                 option that the latter two hold is an error here.
             steps: number of solver steps; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp.
             guidance_scale: scale of classifier-free guidance; 1 for none.
-            class_label: name or number of the class of all images, or several that the seeds take in turn; -1 for none. By
-                default they take all classes in turn that the training data have images of.
+            class_label: the class of all images, or several that the seeds take in turn. An integer is a class's number, -1
+                none; a text is its name, or its number where no class has that name. By default the seeds take all classes
+                in turn that the training data have images of.
             ema: which average of the weights, as for `model`.
             checkpoint: which checkpoint, as for `model`.
             batch: images at a time.

@@ -218,7 +218,7 @@ class SamplerOptions(SolverOptions):
             if self.names_classes:
                 raise ValueError(f"class_label={option_text(tuple(wanted))}: the run has no classes; leave it out.")
             return None
-        return tuple(_class_number(str(one), config) for one in wanted) or config.learned_classes
+        return tuple(_class_number(one, config) for one in wanted) or config.learned_classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -470,14 +470,15 @@ def _seeds(seeds: Any) -> list[int]:
     return [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(seeds)]
 
 
-def _class_number(wanted: str, config: RunConfig) -> int:
-    """The number of a class by its name or number."""
+def _class_number(wanted: str | int, config: RunConfig) -> int:
+    """The number of a class: an integer is the number, a text the name, or the number where no class has that name."""
     classes, names = config.classes, config.class_names or ()
-    if wanted in names:
+    if isinstance(wanted, str) and wanted in names:
         return names.index(wanted)
-    if wanted == "-1" or (re.fullmatch("[0-9]{1,9}", wanted) and int(wanted) < classes):
-        return int(wanted)
-    near = [] if wanted.isdecimal() else get_close_matches(wanted, names, 3)
+    text = str(wanted)
+    if text == "-1" or (re.fullmatch("[0-9]{1,9}", text) and int(text) < classes):
+        return int(text)
+    near = [] if text.isdecimal() else get_close_matches(text, names, 3)
     none = "" if config.label_dropout == 0 else ", or -1 for none"
     raise ValueError(
         f"class_label={wanted}: the run has classes {_listed(classes, names)}{none}."
