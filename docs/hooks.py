@@ -353,15 +353,16 @@ def _sooner(means: dict[str, dict[float, float]], last: float) -> str:
     several = {name: means[name][last] for name in with_ours if len(means[name]) > 1}
     own = "ours" if "ours" in several else min(several, key=several.__getitem__)
     goal, curve = means[best][last], sorted(means[own].items())
-    reached = f"in less than {curve[0][0]:g} s"
+    whose, one = RUNNERS[own], not own.startswith("ours")
+    end = f"The best of the others, {RUNNERS[best]}, ends at {goal:.3f} after {last:g} s. The {whose}"
+    if min(value for _, value in curve) > goal:
+        return f"{end} {'does' if one else 'do'} not reach this value in that time."
+    reached = f"in less than {curve[0][0]:g} s"  # unless it is above at first
     for (t, before), (later, after) in itertools.pairwise(curve):
         if after <= goal < before:
             found = t + (later - t) * math.log(before / goal) / math.log(before / after)
             reached = f"after {found:.0f} s, {found / last:.0%} of the time"
-    end = f"The best of the others, {RUNNERS[best]}, ends at {goal:.3f} after {last:g} s."
-    return f"{end} The {RUNNERS[own]} {'reach' if own.startswith('ours') else 'reaches'} this value {reached}.".replace(
-        "%", " %"
-    )
+    return f"{end} {'reaches' if one else 'reach'} this value {reached}.".replace("%", " %")
 
 
 def verbs() -> str:

@@ -364,6 +364,36 @@ def test_the_page_of_the_race_says_when_the_best_peer_is_reached(site: Path, mon
             assert f"ends at {goal:.3f} after 45 s. The stable target and all levers reach this value {share}" in text
 
 
+@pytest.mark.parametrize("data", ["digits", "digits_long", "fashion_mnist", "fashion_mnist_long"])
+def test_each_sentence_of_the_race_on_its_best_peer_is_that_of_the_rows(
+    data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    race, runners, page = importlib.import_module("race"), importlib.import_module("runners"), hooks()
+    rows = json.loads((ROOT / f"benchmarks/results/race_{data}.json").read_text())["rows"]
+    said = [text for text in page.race(data).split("\n\n") if text.startswith("The best of the others")]
+    named = {text: name for name, text in page.RUNNERS.items()}
+    for text, evaluations in zip(said, race.EVALUATIONS, strict=True):
+        found = re.fullmatch(
+            r".* ends at [\d.]+ after (\d+) s\. The (.*?) (?:reach|reaches|do not reach) this value (.*)\.", text
+        )
+        assert found is not None, text
+        means = {
+            name: {t: statistics.fmean(of) for t, of in race.curve(rows, name, evaluations).items()}
+            for name in (named[found[2]], *runners.PEERS)
+        }
+        last = float(found[1])
+        reached = race.time_to(
+            means[named[found[2]]], min(of[last] for name, of in means.items() if last in of and name in runners.PEERS)
+        )
+        if reached.startswith(">"):
+            assert found[3] == "in that time"
+        elif reached.startswith("<"):
+            assert found[3] == f"in less than {reached[1:]} s"
+        else:
+            assert float(found[3].split()[1]) == pytest.approx(float(reached), rel=0.02)
+
+
 def test_the_page_says_what_flow_matching_on_a_gpu_came_to(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     page = (site / "speed.html").read_text("utf-8")

@@ -22,8 +22,10 @@ from stablefield.probing import _fit as fit
 from stablefield.probing._exact import Exact, ExactPosterior
 from stablefield.probing._fit import Optimum, measure_fit
 from stablefield.probing._population import Population
+from stablefield.report import KeyFigures
 from stablefield.training._compare import ComparisonPlan
-from stablefield.training._comparison import summary
+from stablefield.training._comparison import Comparison, summary
+from stablefield.training._comparison_page import comparison_page
 from stablefield.training._model import open_model
 from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._recipes import DIGITS
@@ -361,6 +363,31 @@ def test_the_headline_gives_the_spread_the_digits_that_it_has(gains: list[float]
     assert ("±" in told) != one
     assert ("One seed shows no spread: pass more, such as 0, 1, 2." in told) == one
     assert ("± is the standard error over" in told) != one
+
+
+def test_small_numbers_of_a_comparison_are_shown_with_their_digits() -> None:
+    outcomes = outcomes_of([0.0030, 0.0045], [2.394e-6, 1.772e-6])
+    outcomes = [
+        dataclasses.replace(
+            o, scores=(dataclasses.replace(o.last, distance=(2e-5,) * len(LEVELS), frechet_error=5.4e-7),)
+        )
+        for o in outcomes
+    ]
+    compared = Comparison(
+        data_name="x", outcomes=tuple(outcomes), frechet_name="FD", protocol={}, command="", device=torch.device("cpu")
+    )
+    _, rows = compared.rows()
+    assert [row[1:3] for row in rows] == [("2.00·10⁻⁵", "2.00·10⁻⁵")] * 2
+    assert [row[4] for row in rows] == ["2.39·10⁻⁶ ± 5.4·10⁻⁷", "1.77·10⁻⁶ ± 5.4·10⁻⁷"]
+    # Mean and standard error over the seeds: half the difference of the two.
+    said = summary(outcomes_of([0.0030, 0.0045], [2.394e-6, 1.772e-6]), range(2), "FD")
+    assert "2.08·10⁻⁶ ± 3.1·10⁻⁷ against 2.08·10⁻⁶ ± 3.1·10⁻⁷." in said
+    outcomes = outcomes_of([0.0030, 0.0045], [1.0, 1.0])
+    with empty_charts():
+        page = comparison_page("", "", outcomes, [], {}, "FD", "")
+    figures = next(block for block in page.blocks if isinstance(block, KeyFigures)).figures
+    assert figures[0].value == "0.38% ± 0.08%"
+    assert figures[0].note.endswith("0.30% to 0.45% over seeds")
 
 
 @pytest.mark.usefixtures("without_charts")

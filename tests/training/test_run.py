@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pickle
 import re
 import shutil
@@ -586,6 +587,36 @@ def test_class_0_and_an_array_of_classes_are_named_classes(tmp_path: Path) -> No
     counts = np.bincount(unnamed.in_proportion().classes)
     assert counts.tolist() == np.bincount(sf.data.open_images("digits").labels).tolist()
     assert "classes in the proportions of the training data" in unnamed.in_proportion().describe()
+
+
+def test_entries_of_observers_are_numbers_of_any_kind_or_refused(tmp_path: Path) -> None:
+    class Observer:
+        every = 2
+
+        def __init__(self, found: Any) -> None:
+            self.found = found
+
+        def __call__(self, *_: object) -> Any:
+            return self.found
+
+    def train(name: str, found: Any) -> sf.Run:
+        recipe = short(steps=4, log_every=1)
+        return sf.train("digits", out=tmp_path / name, recipe=recipe, device="cpu", observers=[Observer(found)])
+
+    given = {"better": True, "a": np.float32(0.5), "b": torch.tensor(0.25), "c": np.int64(3), "d": 2, "e": math.nan}
+    lines = train("run", given).metrics()
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines[1::2]:
+        assert {name: line.get(name) for name in given} == {**given, "better": 1, "e": None}
+    for found, message in (
+        ({"note": "ok"}, "observers: the entry note of Observer is the string .ok.: pass a number"),
+        ({"acc": None}, "observers: the entry acc of Observer is None: pass a number"),
+        ({"bin_acc": 1.0}, "observers: Observer returned an entry named 'bin_acc': return a text"),
+        (None, 'observers: what Observer returned is None: pass numbers by their names, such as {"score": 0.5}'),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            train("other", found)
+        shutil.rmtree(tmp_path / "other")
 
 
 def test_an_integer_is_the_number_of_a_class_and_a_text_its_name(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from stablefield.cli.parser import parse_seeds, words_of
 from stablefield.cli.places import check_file, check_folder
 from stablefield.cli.progress import StageBar
 from stablefield.cli.recipe_flags import Chosen, TrainingFlags
-from stablefield.report._cells import duration
+from stablefield.report._cells import duration, show
 from stablefield.report._extra import require
 from stablefield.training._compare import ComparisonPlan, compare
 from stablefield.training._comparison import DISTANCE
@@ -126,6 +126,6 @@ def _print_plan(plan: ComparisonPlan, notes: Sequence[str]) -> None:
 def _print_outcome(outcome: Outcome) -> None:
     last = outcome.last
     console.print(
-        f"seed {outcome.seed} {outcome.target.upper()}: distance {last.middle:.4f}, Frechet {last.frechet:.3f}, "
+        f"seed {outcome.seed} {outcome.target.upper()}: distance {show(last.middle)}, Frechet {show(last.frechet)}, "
         f"{last.seconds:.0f} s"
     )

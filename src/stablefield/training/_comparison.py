@@ -1,7 +1,6 @@
 """The result of comparing the targets: table, summary, report and files."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,14 @@ import numpy as np
 import torch
 
 from stablefield.data._image_set import class_text
-from stablefield.report import Code, Page, Section, json_details
-from stablefield.report._cells import text_table
+from stablefield.report import Code, Estimate, Page, Section, json_details
+from stablefield.report._cells import show, text_table
 from stablefield.report._chart import Chart
 from stablefield.report._result import Result, Tables
-from stablefield.training._comparison_page import comparison_page, distance_chart, level_chart
+from stablefield.training._comparison_page import comparison_page, distance_chart, gain_texts, level_chart, over_seeds
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._scorer import samples_of
-from stablefield.training._scores import LEVELS, MIDDLE, Outcome, improvement, spread
+from stablefield.training._scores import LEVELS, MIDDLE, Outcome, improvement
 
 __all__ = ["DISTANCE", "Comparison", "summary"]
 
@@ -80,11 +79,11 @@ class Comparison(Result):
             rows.append(
                 (
                     str(seed),
-                    f"{a.middle:.4f}",
-                    f"{b.middle:.4f}",
+                    show(a.middle),
+                    show(b.middle),
                     f"{round(100 * improvement(self.outcomes, seed), 1) + 0.0:.1f}%",
-                    f"{a.frechet:.3f} ± {a.frechet_error:.3f}",
-                    f"{b.frechet:.3f} ± {b.frechet_error:.3f}",
+                    show(Estimate(a.frechet, a.frechet_error)),
+                    show(Estimate(b.frechet, b.frechet_error)),
                     f"{a.seconds:.0f}",
                     f"{b.seconds:.0f}",
                 )
@@ -149,35 +148,10 @@ class Comparison(Result):
         )
 
 
-def _places(error: float) -> int:
-    """Decimals that show an error to two digits; 3 if it is 0."""
-    return min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 3
-
-
-def _rounded(value: float, places: int) -> str:
-    """The rounded number as text, without a minus sign before 0."""
-    return f"{round(value, places) + 0.0:.{places}f}"
-
-
-def _over_seeds(values: Sequence[float]) -> str:
-    """A mean with its standard error over seeds; without for one seed."""
-    found = spread(values)
-    if found.error is None:
-        return f"{found.mean:.3g}"
-    places = _places(found.error)
-    return f"{_rounded(found.mean, places)} ± {_rounded(found.error, places)}"
-
-
 def _gain(values: Sequence[float]) -> str:
     """The mean of shares over seeds in per cent, with their spread; without for one seed."""
-    found = spread([100 * value for value in values])
-    if found.error is None:
-        return f"by {_rounded(found.mean, 1)}%"
-    # Digits beyond a hundredth of a per cent mean nothing.
-    places = min(2, _places(found.error))
-    mean, error, least, most = (_rounded(v, places) for v in (found.mean, found.error, found.least, found.most))
-    error = error if float(error) else f"less than {10**-places:g}"
-    return f"by {mean}% ± {error}% on average ({least}% to {most}%)"
+    mean, between = gain_texts(values)
+    return f"by {mean}" if len(values) == 1 else f"by {mean} on average ({between})"
 
 
 def summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str:
@@ -202,6 +176,6 @@ def summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str
     many = "1 seed" if single else f"{len(seeds)} seeds"
     return (
         f"STF is nearer to the optimum at middle noise levels in {better} of {many}, {_gain(gains)}; its {name} is lower in "
-        f"{lower} of {len(seeds)}: {_over_seeds(frechet['stf'])} against {_over_seeds(frechet['dsm'])}. {spreads}"
+        f"{lower} of {len(seeds)}: {show(over_seeds(frechet['stf']))} against {show(over_seeds(frechet['dsm']))}. {spreads}"
         f"Training took {seconds['stf']:.0f} s with STF, {seconds['dsm']:.0f} s with DSM."
     )

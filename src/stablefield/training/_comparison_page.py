@@ -1,6 +1,7 @@
 """The page of a comparison of targets, and its charts."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from stablefield.report import (
 )
 from stablefield.training._scores import LEVELS, MIDDLE, Outcome, Score, improvement, spread
 
-__all__ = ["comparison_page", "distance_chart", "level_chart"]
+__all__ = ["comparison_page", "distance_chart", "gain_texts", "level_chart", "over_seeds"]
 
 NAMES = {"dsm": "DSM", "stf": "STF"}
 
@@ -93,7 +94,7 @@ def comparison_page(
     """
     seeds = sorted({outcome.seed for outcome in outcomes})
     gains = [improvement(outcomes, seed) for seed in seeds]
-    gain = spread(gains)
+    gain, between = gain_texts(gains)
     by = {target: [o for o in outcomes if o.target == target] for target in NAMES}
     seconds = {target: float(np.mean([o.last.seconds for o in runs])) for target, runs in by.items()}
     ratio = float(np.mean([o.last.gradient_ratio for o in outcomes]))
@@ -107,9 +108,9 @@ def comparison_page(
             KeyFigures(
                 (
                     KeyFigure(
-                        value=f"{gain.mean:.0%}" if gain.error is None else f"{gain.mean:.0%} ± {gain.error:.0%}",
+                        value=gain,
                         label="less distance to the posterior mean with STF",
-                        note=f"noise levels {MIDDLE[0]:g} to {MIDDLE[1]:g}; {gain.least:.0%} to {gain.most:.0%} over seeds",
+                        note=f"noise levels {MIDDLE[0]:g} to {MIDDLE[1]:g}; {between} over seeds",
                     ),
                     KeyFigure(
                         value=f"{ratio:.2f}",
@@ -158,8 +159,8 @@ def comparison_page(
                         rows=tuple(
                             (
                                 level,
-                                _estimate([o.last.distance[k] for o in by["dsm"]]),
-                                _estimate([o.last.distance[k] for o in by["stf"]]),
+                                over_seeds([o.last.distance[k] for o in by["dsm"]]),
+                                over_seeds([o.last.distance[k] for o in by["stf"]]),
                                 float(
                                     np.mean([o.last.distance[k] for o in by["stf"]])
                                     / np.mean([o.last.distance[k] for o in by["dsm"]])
@@ -233,7 +234,21 @@ def comparison_page(
     )
 
 
-def _estimate(values: Sequence[float]) -> Estimate | float:
+def gain_texts(values: Sequence[float]) -> tuple[str, str]:
+    """The mean of shares over seeds in per cent, with its error if there are several, and the least and the most."""
+    found = spread([100 * value for value in values])
+    error = found.error or 0.0
+    # An error is shown to two digits, but no digits beyond a hundredth of a per cent, which mean nothing.
+    places = 1 if found.error is None else min(2, max(0, 1 - math.floor(math.log10(error)))) if error else 2
+    mean, least, most = (f"{round(value, places) + 0.0:.{places}f}%" for value in (found.mean, found.least, found.most))
+    if found.error is not None:
+        shown = f"{error:.{places}f}"
+        mean += f" ± {shown if float(shown) else f'less than {10**-places:g}'}%"
+    return mean, f"{least} to {most}"
+
+
+def over_seeds(values: Sequence[float]) -> Estimate | float:
+    """A mean, with its standard error if there are several values."""
     found = spread(values)
     return found.mean if found.error is None else Estimate(found.mean, found.error)
 

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from stablefield._distributed import RankError, Ranks, single_process
-from stablefield._shapes import check_callable, check_kind, whole_number
+from stablefield._shapes import check_callable, check_kind, number, whole_number
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import write_png
@@ -75,6 +76,20 @@ def writing() -> Generator[None]:
         raise TrainingError(f"the run cannot be written ({error.strerror or error}): {remedy}, then go on.") from error
 
 
+def _entries(who: str, found: Any) -> dict[str, float]:
+    """What an observer returned, in plain numbers, as metrics.jsonl takes them."""
+    check_kind(f"observers: what {who} returned", found, Mapping, 'numbers by their names, such as {"score": 0.5}')
+    entries: dict[str, float] = {}
+    for name, value in cast("Mapping[Any, Any]", found).items():
+        if not isinstance(name, str) or name.startswith("bin_"):
+            raise ValueError(
+                f"observers: {who} returned an entry named {name!r}: return a text that does not begin with bin_."
+            )
+        plain = isinstance(value, bool | np.bool_ | int)
+        entries[name] = int(value) if plain else number(f"observers: the entry {name} of {who}", value)
+    return entries
+
+
 class Observer(Protocol):
     """A regular measurement of the model, such as an evaluation."""
 
@@ -86,7 +101,7 @@ class Observer(Protocol):
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
         """Measure the averaged model after `step` steps; return entries for metrics.jsonl.
 
-        Their names are neither the loop's own nor another observer's.
+        They are numbers. Their names are neither the loop's own nor another observer's, and do not begin with "bin_".
         """
         ...
 
@@ -365,7 +380,7 @@ class _Loop:
             for observer in self._observers:
                 if ema is not None and (last or done % observer.every == 0):
                     with single_process():
-                        new = observer(done, ema)
+                        new = _entries(type(observer).__name__, observer(done, ema))
                     if taken := [name for name in new if name in found or name in _LOGGED]:
                         raise ValueError(
                             f"observers: {type(observer).__name__} returned {', '.join(taken)}, which metrics.jsonl has "
