@@ -403,6 +403,46 @@ def test_parquet_files_are_read_by_the_split_that_their_names_begin_with(tmp_pat
         open_images(tmp_path / "one")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_cached_pixels_of_rows_that_name_files_follow_the_files(tmp_path, kind):
+    """Also where only some rows do, and where a file that was missing comes back."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = [tmp_path / f"{k}.png" for k in range(2)]
+    images = [{"bytes": None, "path": str(file)} for file in files] + [{"bytes": png(noise((5, 6, 3), 9)), "path": "a"}]
+    source = tmp_path / "in"
+    features = {"image": {"_type": "Image"}}
+    table = pyarrow.table({"image": images})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    source.mkdir()
+    if kind == "parquet":
+        parquet.write_table(table, source / "x.parquet")
+    else:
+        save(source, table)
+
+    def write(*seeds):
+        for file, seed in zip(files, seeds, strict=True):
+            file.write_bytes(png(noise((5, 6, 3), seed)))
+
+    def read(**options):
+        return open_images(source, memory_budget=0, cache=tmp_path / "cache", **options)
+
+    def hold(opened, *seeds):
+        np.testing.assert_array_equal(opened.images, [noise((5, 6, 3), seed).transpose(2, 0, 1) for seed in seeds])
+
+    write(1, 2)
+    first = read()
+    hold(first, 1, 2, 9)
+    assert read().file == first.file
+    write(3, 4)
+    hold(read(), 3, 4, 9)
+    files[0].unlink()
+    hold(read(skip_broken=True), 4, 9)
+    with pytest.raises(ValueError, match="1 of 3 image files cannot be read"):
+        read()
+    write(5, 4)
+    hold(read(skip_broken=True), 5, 4, 9)
+
+
 def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
     for package in ("huggingface_hub", "pyarrow"):
         monkeypatch.setitem(sys.modules, package, None)

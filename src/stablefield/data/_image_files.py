@@ -102,7 +102,8 @@ class ImageFiles:
     source: str
     """One line that describes where the files are."""
     fingerprint: Callable[[], str]
-    """A text that changes when a file does: names, sizes, modification times."""
+    """A text that changes when a file does: names, sizes, modification times. Call it after every file was opened once:
+    only then is it known which rows of a table name a file."""
     notes: tuple[str, ...] = ()
     """Notes for the user on how they were chosen, one sentence each."""
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import re
 import tempfile
 import threading
@@ -130,14 +131,20 @@ def _table_files(tables: Sequence[Table], *, name: str, source: str, paths: bool
         values = itertools.chain.from_iterable(table.values(label) for table in tables)
         labels, names, notes = read_labels(label, first.kinds[label], values, first.names.get(label))
     key = [[str(table.path.resolve()), *stamp(table.path)] for table in tables]
+    rows = _Rows(tables, image, paths)
+
+    def fingerprint() -> str:
+        named = [[os.path.abspath(path), *stamp(Path(path))] for _, path in sorted(rows.named.items())]
+        return f"{key} {image}{f' {named}' if named else ''}"
+
     return ImageFiles(
         names=tuple(f"{name} row {i}" for i in range(count)),
-        open=_Rows(tables, image, paths).open,
+        open=rows.open,
         labels=labels,
         class_names=names,
         name=name,
         source=source,
-        fingerprint=lambda: f"{key} {image}",
+        fingerprint=fingerprint,
         notes=notes,
     )
 
@@ -147,6 +154,8 @@ class _Rows:
 
     def __init__(self, tables: Sequence[Table], image: str, paths: bool) -> None:
         self._tables, self._image, self._paths = tables, image, paths
+        self.named: dict[int, str] = {}
+        """The path of the image file that a row names, for the rows opened so far."""
         self._starts = [0, *itertools.accumulate(table.rows for table in tables)]
         self._lock = threading.Lock()
         self._coming = self._from(0)
@@ -165,6 +174,7 @@ class _Rows:
             return found
         if not self._paths:
             raise ValueError("the row holds the path of an image instead of the image")
+        self.named[i] = found
         return open_regular(Path(found))
 
     def _at(self, i: int) -> Any:
