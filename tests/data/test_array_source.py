@@ -230,6 +230,36 @@ def test_labels_of_an_npz_are_found_under_the_usual_names(tmp_path, keys, column
     assert opened.labels.dtype == np.int64
 
 
+@pytest.mark.parametrize(
+    ("images", "other", "wanted"),
+    [
+        ("images", "label", "labels"),
+        ("x", "targets", "y"),
+        ("data", "target", "labels"),
+        ("arr_0", "classIds", "labels"),
+    ],
+)
+def test_labels_of_an_npz_under_another_name_are_noted_and_read_under_the_name_that_the_note_says(
+    tmp_path, images, other, wanted
+):
+    values = np.random.default_rng(0).normal(size=(4, 5)) if images == "data" else noise((4, 6, 6))
+    numbers = np.array([1, 0, 2, 1], np.int16)
+    beside = {"seeds": np.arange(4), "weights": np.ones(4), "edges": np.arange(5), "objects": np.array([None] * 4)}
+    np.savez(tmp_path / "x.npz", **{images: values, other: numbers}, **beside)
+    opened = open_images(tmp_path / "x.npz", memory_budget=2**20)
+    assert opened.labels is None
+    said = f"so there are no labels: if the array {other} holds them, save it as {wanted}."
+    assert opened.notes == (f"No array is called {wanted}, {said}",)
+    if images != "data":
+        mapped = open_images(tmp_path / "x.npz", memory_budget=0, cache=tmp_path / "cache")
+        assert (mapped.notes, mapped.file is None) == (opened.notes, False)
+    np.savez(tmp_path / "x.npz", **{images: values, wanted: numbers}, **beside)
+    opened = open_images(tmp_path / "x.npz")
+    assert (opened.labels.tolist(), opened.notes) == ([1, 0, 2, 1], ())
+    np.savez(tmp_path / "x.npz", **{images: values}, **beside)
+    assert open_images(tmp_path / "x.npz").notes == ()
+
+
 def test_class_names_of_an_npz_are_read(tmp_path):
     names = ("cat", "dog", "\u732b")
     np.savez(tmp_path / "a.npz", arr_0=noise((3, 5, 5)), arr_1=[9, 9, 9], labels=[2, 0, 2], class_names=np.array(names))

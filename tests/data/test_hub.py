@@ -296,7 +296,7 @@ def test_labels_of_images_come_from_dataset_json_or_from_what_the_hub_converted(
     hub.put({"metadata.csv": b"file_name,label\na.png,5\n"})
     opened = open_images("hf:owner/pets")
     assert opened.labels is None
-    assert opened.notes == ("metadata.csv is not read, so labels in it are left out.",)
+    assert [note.split(":")[0] for note in opened.notes] == ["metadata.csv is not read, so labels in it are left out"]
     hub.put({"default/partial-train/0000.parquet": rows(0, label=[5])}, CONVERTED)
     assert len(open_images("hf:owner/pets")) == 2
     hub.revisions[CONVERTED] = {"default/train/0000.parquet": rows(0, 1, label=[5, 4])}
@@ -349,6 +349,32 @@ def test_broken_and_missing_images_are_named_by_row(hub):
         ({}, {"note": [3, 0]}, None, None, ""),
         ({}, {"label": pyarrow.array([3, -1], "int8")}, None, None, "1 of 2 rows have no label in the column label"),
         ({}, {"label": ["a", None]}, None, None, "1 of 2 rows have no label"),
+        ({}, {"label": [True, False]}, [1, 0], None, ""),
+        ({}, {"labels": [2.0, 0.0]}, [2, 0], None, ""),
+        ({}, {"label": pyarrow.array([0, 1], "float32")}, [0, 1], None, ""),
+        ({}, {"label": [3.0, None]}, None, None, "1 of 2 rows have no label in the column label"),
+        ({}, {"label": [3.0, float("nan")]}, None, None, "1 of 2 rows have no label in the column label"),
+        ({}, {"label": [True, None]}, None, None, "1 of 2 rows have no label in the column label"),
+        ({}, {"label": [1.0, 0.5]}, None, None, "The column label holds 0.5, which is no class number"),
+        ({}, {"label": [1.0, float("inf")]}, None, None, "The column label holds inf, which is no class number"),
+        ({}, {"label": [[0, 1], [1, 0]]}, None, None, "The column label holds list<"),
+        (
+            {},
+            {"Label": [1, 0], "note": [1, 2]},
+            None,
+            None,
+            "No column is called label, so there are no labels: if the co",
+        ),
+        (
+            {},
+            {"class": ["a", "b"], "target": [0.0, 1.0]},
+            None,
+            None,
+            "No column is called label, so there are no labels",
+        ),
+        ({}, {"label": [0, 1], "class": ["a", "b"]}, [0, 1], None, ""),
+        ({"class": CLASSES}, {"class": [1, 0]}, [1, 0], ("cat", "dog"), ""),
+        ({}, {"caption": ["a", "b"], "width": [4, 4], "glass": [1, 2]}, None, None, ""),
     ],
 )
 def test_the_label_is_the_one_called_label_or_the_only_one(hub, features, columns, expected, names, note):
@@ -358,6 +384,14 @@ def test_the_label_is_the_one_called_label_or_the_only_one(hub, features, column
     assert opened.class_names == names
     assert len(opened.recorded_notes) == bool(note)
     assert "".join(opened.notes).startswith(note)
+
+
+def test_a_column_that_may_hold_labels_is_read_once_it_is_called_as_the_note_says(hub):
+    hub.put({"train.parquet": rows(0, 1, className=[1, 0])})
+    (note,) = open_images("hf:owner/pets").notes
+    assert note.endswith("if the column className holds them, rename it label.")
+    hub.put({"train.parquet": rows(0, 1, label=[1, 0])})
+    assert open_images("hf:owner/pets").labels.tolist() == [1, 0]
 
 
 def test_a_data_set_without_one_column_of_images_is_refused(hub):

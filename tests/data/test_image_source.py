@@ -159,6 +159,73 @@ def test_images_of_a_kind_that_is_not_read_are_counted_in_a_note(tmp_path, packi
     assert opened.notes == ("10 files that end in .dng, .heic are not read: save them as PNG or JPEG.",)
 
 
+@pytest.mark.parametrize("packing", ["folder", "zip"])
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        (["metadata.csv"], "metadata.csv is not read, so labels in it are left out: "),
+        (["in/metadata.jsonl"], "in/metadata.jsonl is not read, so labels in it are left out: "),
+        (["metadata.parquet"], "metadata.parquet is not read, so labels in it are left out: "),
+        (
+            ["trainLabels.csv", "labels.txt"],
+            "2 files, such as labels.txt, are not read, so labels in them are left out: ",
+        ),
+        (["LICENSE.txt", "scores.csv", ".labels.csv"], None),
+        (
+            ["meta/dataset.json"],
+            "meta/dataset.json is not read, because not all images lie in its folder: for labels, put ",
+        ),
+        (
+            ["a/dataset.json", "b/dataset.json"],
+            "2 files, such as a/dataset.json, are not read, because not all images lie",
+        ),
+    ],
+)
+def test_labels_beside_the_images_that_are_not_read_have_a_note(tmp_path, packing, beside, said):
+    entries = {name: png_bytes(pixels()) for name in ("in/1.png", "in/2.png")}
+    entries |= dict.fromkeys(beside, b'{"labels": [["1.png", 3], ["2.png", 1]]}')
+    if packing == "zip":
+        source = zipped(tmp_path / "x.zip", entries)
+    else:
+        source = tmp_path / "x"
+        for name, content in entries.items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(content)
+    opened = open_images(source)
+    assert opened.labels is None
+    assert len(opened.notes) == (said is not None)
+    assert "".join(opened.notes).startswith(said or "")
+    if packing == "folder" and "dataset.json" in beside[0]:
+        assert opened.notes[0].endswith("into the folder in.")
+        (source / beside[0]).rename(source / "in" / "dataset.json")
+        for name in beside[1:]:
+            (source / name).unlink()
+        read = open_images(source)
+        assert (read.labels.tolist(), read.recorded_notes) == ([3, 1], ())
+
+
+def test_a_dataset_json_of_another_split_or_below_one_that_is_read_is_no_loss_without_a_word(tmp_path):
+    labels = [["1.png", 3], ["in/1.png", 2]]
+    document = json.dumps({"labels": labels})
+    entries = {name: png_bytes(pixels()) for name in ("train/1.png", "test/1.png")}
+    entries |= {"train/dataset.json": document, "test/dataset.json": document}
+    for split in ("train", "test"):
+        opened = open_images(zipped(tmp_path / "a.zip", entries), split=split)
+        assert (opened.labels.tolist(), opened.recorded_notes) == ([3], ())
+    entries = {"in/1.png": png_bytes(pixels()), "in/dataset.json": document, "dataset.json": document}
+    opened = open_images(zipped(tmp_path / "b.zip", entries))
+    assert opened.labels.tolist() == [2]
+    assert opened.recorded_notes == (
+        "in/dataset.json is not read, because dataset.json gives the labels of all images.",
+    )
+
+
+def test_class_folders_beside_a_list_of_their_names_have_no_note(tmp_path):
+    entries = {f"{name}/1.png": png_bytes(pixels()) for name in "ab"} | {"classes.txt": b"a\nb\n"}
+    opened = open_images(zipped(tmp_path / "a.zip", entries))
+    assert (opened.labels.tolist(), opened.notes) == ([0, 1], ())
+
+
 def test_an_image_beside_splits_is_not_mixed_with_them(tmp_path):
     names = ["train/cat/1.png", "train/dog/1.png", "val/dog/2.png", "val/eel/2.png"]
     entries = {name: png_bytes(pixels(seed=seed)) for seed, name in enumerate(names)}

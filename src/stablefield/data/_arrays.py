@@ -3,8 +3,9 @@
 Pixels are uint8, (n, H, W) for greyscale, (n, C, H, W) or (n, H, W, C) with C = 1 or 3; the shape must show which it is. In
 an .npz the images are called `images`, `x` or `arr_0` (or, with a split, `train_images`, `x_train`), the labels `labels` or
 `y` (`train_labels`, `y_train`), or `arr_1` beside `arr_0` as in ADM's files, and the class names, if there are any,
-`class_names`. A .npy file is mapped into memory; the images of an .npz are read into memory up to a budget and into a packed
-file beyond it. Arrays that need pickle are refused.
+`class_names`. A note names an array of whole numbers, one per image, that may hold labels under another name. A .npy file is
+mapped into memory; the images of an .npz are read into memory up to a budget and into a packed file beyond it. Arrays that
+need pickle are refused.
 
 Float arrays are latents (n, C, H, W), signals (n, C, L) or vectors (n, d), of any meaning. In an .npz they may also be
 called `data` or `latents`. They are kept as they are, and have a `Scaling`.
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from stablefield._memory import size_text
 from stablefield._regular_file import open_regular
 from stablefield.data._archive import Archive, Readable
-from stablefield.data._image_files import stamp
+from stablefield.data._image_files import names_labels, stamp
 from stablefield.data._image_set import (
     CLASS_LIMIT,
     PIXEL_LIMIT,
@@ -45,6 +46,8 @@ AS_THEY_ARE = "float data are taken as they are"
 """How the note begins that says what float data are taken for."""
 HEADER_LIMIT = 10_000
 """Bytes of a .npy header: NumPy itself accepts no more."""
+_NO_LABELS = frozenset(["seeds", "seed", "ids", "id", "index", "indices", "idx"])
+"""Names of arrays of whole numbers, one per image, that are no labels; our own files of samples have seeds."""
 NAMES_LIMIT = 2**24
 """Bytes that the class names may take."""
 
@@ -100,7 +103,7 @@ def open_npz(
     """
     with Archive(path) as archive:
         arrays = {entry.filename.removesuffix(".npy"): entry for entry in archive.entries}
-        images_key, labels_key = _keys(path, set(arrays), split)
+        images_key, labels_key, wanted_key = _keys(path, set(arrays), split)
         with archive.open(arrays[images_key]) as file:
             what = f"{path}: {images_key}"
             shape, fortran, dtype = _header(what, file)
@@ -112,30 +115,28 @@ def open_npz(
                 # Called after the images have confirmed the count that both headers state.
                 return None if labels_key is None else _labels(path, archive, arrays[labels_key], shape[0])
 
-            class_names = None
+            class_names, notes = None, _notes(dtype, shape)
             if labels_key is not None:
                 _label_header(path, archive, arrays[labels_key], shape[0])
                 if "class_names" in arrays:
                     class_names = _class_names(path, archive, arrays["class_names"], shape[0])
+            else:
+                notes += _label_note(archive, arrays, wanted_key, shape[0])
+            origin = Origin(
+                name=path.stem,
+                source=f"array {images_key} of {path.name}, read as {layout}",
+                class_names=class_names,
+                notes=notes,
+            )
             if dtype.kind == "f":
-                origin = Origin(
-                    name=path.stem,
-                    source=f"array {images_key} of {path.name}, read as {layout}",
-                    class_names=class_names,
-                    notes=_notes(dtype, shape),
-                )
                 return make_image_set(_floats(what, file, dtype, shape, memory_budget), labels(), origin)
             return gathered_set(
                 (view(rows) for rows in read_rows(file, shape[0], shape[1:], what)),
                 shape[0],
                 view(np.empty((1, *shape[1:]), np.uint8)).shape[1:],
                 labels,
-                Origin(
-                    name=path.stem,
-                    source=f"array {images_key} of {path.name}, read as {layout}",
-                    class_names=class_names,
-                ),
-                key=[str(path.resolve()), *stamp(path), images_key, labels_key, class_names],
+                origin,
+                key=[str(path.resolve()), *stamp(path), images_key, labels_key, class_names, *notes],
                 resolution=resolution,
                 limit=limit,
                 resize=resize,
@@ -194,7 +195,8 @@ def _header(what: str, file: Readable) -> tuple[tuple[int, ...], bool, np.dtype[
     return shape, fortran, dtype
 
 
-def _keys(path: Path, names: set[str], split: str) -> tuple[str, str | None]:
+def _keys(path: Path, names: set[str], split: str) -> tuple[str, str | None, str]:
+    """The names of the images and of their labels, if there are any, and what the labels should be called."""
     plain = ("images", "x", "arr_0", "data", "latents") if split == "train" else ()
     images = [key for key in (*plain, f"{split}_images", f"x_{split}") if key in names]
     if len(images) != 1:
@@ -214,7 +216,28 @@ def _keys(path: Path, names: set[str], split: str) -> tuple[str, str | None]:
     own = labels.get(images[0], "labels")
     # A descriptive name takes precedence over a position.
     found = [*fallback, own] if own == "arr_1" else [own, *fallback]
-    return images[0], next((key for key in found if key in names), None)
+    return images[0], next((key for key in found if key in names), None), found[0] if found[0] != "arr_1" else "labels"
+
+
+def _label_note(archive: Archive, arrays: dict[str, zipfile.ZipInfo], wanted: str, count: int) -> tuple[str, ...]:
+    """A note on arrays that may hold the labels of `count` images under another name; none without such arrays."""
+    similar: list[str] = []
+    for key, entry in sorted(arrays.items()):
+        if key.lower() in _NO_LABELS:
+            continue
+        try:
+            with archive.open(entry) as file:
+                shape, _, dtype = _header(key, file)
+        except ValueError:
+            # What is not read may be of any kind, and damaged.
+            continue
+        if dtype.kind in "iu" and shape in ((count,), (count, 1)):
+            similar.append(key)
+    if not similar:
+        return ()
+    named = [key for key in similar if names_labels(key)] or similar
+    which = f"the array {named[0]}" if len(named) == 1 else f"one of the arrays {', '.join(named)}"
+    return (f"No array is called {wanted}, so there are no labels: if {which[:1000]} holds them, save it as {wanted}.",)
 
 
 def _class_names(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) -> tuple[str, ...]:

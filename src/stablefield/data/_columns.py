@@ -1,20 +1,24 @@
 """Find the columns of images and labels in a table by the type of their content.
 
-Labels come from the column `label` or `labels` (class labels, whole numbers or texts) if there is one, else from the only
-column of class labels. If several columns qualify, there are no labels, and a note says why.
+Labels come from the column `label` or `labels` (class labels, whole numbers, also stored as floats, truth values or texts)
+if there is one, else from the only column of class labels. If several columns qualify, none does but one seems to hold
+labels, or a row has none, there are no labels, and a note says why.
 """
 
+import math
 from collections.abc import Iterable, Mapping
-from numbers import Integral
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stablefield.data._image_files import natural
+from stablefield.data._image_files import names_labels, natural
 from stablefield.data._image_set import check_class_names
 
 __all__ = ["Labels", "image_column", "label_column", "read_labels"]
 
+_READ = ("ClassLabel", "number", "float", "bool", "text")
+"""The kinds of columns that labels are read from."""
 LABEL_LIMIT = 2**31
 TEXT_LIMIT = 2**25
 """Limit on the total length of the distinct texts in a column of labels."""
@@ -27,7 +31,8 @@ def image_column(kinds: Mapping[str, str], rows: int, source: str) -> str:
     """The column of images.
 
     Args:
-        kinds: the content of each column: "Image", "ClassLabel", "bytes", "number", "text", or another type name.
+        kinds: the content of each column: "Image", "ClassLabel", "bytes", "number", "float", "bool", "text", or another type
+            name.
         rows: the number of rows.
         source: the table, for messages.
 
@@ -48,13 +53,28 @@ def image_column(kinds: Mapping[str, str], rows: int, source: str) -> str:
 
 
 def label_column(kinds: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
-    """The column of labels or None, and a note if there is none because several qualify."""
+    """The column of labels or None, and a note if there is none although a column seems to hold them."""
     classes = [column for column, kind in kinds.items() if kind == "ClassLabel"]
-    called = [column for column in ("label", "labels") if kinds.get(column) in ("ClassLabel", "number", "text")]
-    if not called and len(classes) > 1:
+    called = [column for column in ("label", "labels") if column in kinds]
+    found = [column for column in called if kinds[column] in _READ]
+    if found or len(classes) == 1:
+        return (found or classes)[0], ()
+    if classes:
         columns = ", ".join(classes)[:1000]
-        return None, (f"The columns {columns} all hold class labels and none is called label, so there are no labels.",)
-    return next(iter([*called, *classes]), None), ()
+        return None, (
+            f"The columns {columns} all hold class labels and none is called label, so there are no labels: rename one.",
+        )
+    if called:
+        return None, (
+            f"The column {called[0]} holds {kinds[called[0]]}, so there are no labels: write a class number from 0, or a "
+            "text, in each row.",
+        )
+    similar = [column for column, kind in kinds.items() if kind in _READ and names_labels(column)]
+    if similar:
+        columns = ", ".join(similar)[:1000]
+        which = f"the column {columns} holds" if len(similar) == 1 else f"one of the columns {columns} holds"
+        return None, (f"No column is called label, so there are no labels: if {which} them, rename it label.",)
+    return None, ()
 
 
 def read_labels(column: str, kind: str, values: Iterable[object], names: tuple[str, ...] | None) -> Labels:
@@ -62,8 +82,8 @@ def read_labels(column: str, kind: str, values: Iterable[object], names: tuple[s
 
     Args:
         column: its name.
-        kind: "ClassLabel", "number" or "text".
-        values: its values; None and numbers below 0 mean no label.
+        kind: "ClassLabel", "number", "float", "bool" or "text".
+        values: its values; None, NaN and numbers below 0 mean no label.
         names: the class names, for class labels.
 
     Raises:
@@ -84,13 +104,23 @@ def read_labels(column: str, kind: str, values: Iterable[object], names: tuple[s
                         "names: rename the column, so that it is not read as labels."
                     )
             found.append(texts[value])
+        elif not isinstance(value, Real) or kind == "text" or value < 0 or math.isnan(value):
+            found.append(-1)
+        elif isinstance(value, int):
+            found.append(int(value))
+        elif float(value).is_integer():
+            found.append(int(float(value)))
         else:
-            found.append(int(value) if isinstance(value, Integral) and kind != "text" else -1)
+            note = (
+                f"The column {column} holds {value}, which is no class number, so the labels are ignored: write whole "
+                "numbers from 0."
+            )
+            return None, None, (note,)
     unlabelled = sum(value < 0 for value in found)
     if unlabelled:
         note = (
             f"{unlabelled:,} of {len(found):,} rows have no label in the column {column} (none, or below 0), so the labels "
-            "are ignored."
+            "are ignored: give each row a label, or leave these rows out."
         )
         return None, None, (note,)
     if kind == "text":

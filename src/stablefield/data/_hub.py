@@ -27,6 +27,7 @@ from typing import Any, cast
 
 from stablefield._regular_file import open_regular
 from stablefield.data._image_files import (
+    METADATA,
     NOTED,
     SUFFIXES,
     ImageFiles,
@@ -35,6 +36,7 @@ from stablefield.data._image_files import (
     hidden,
     read_documents,
     stamp,
+    table_note,
     zip_files,
 )
 from stablefield.data._tables import parquet_rows, require_pyarrow, split_of, split_word
@@ -42,8 +44,6 @@ from stablefield.data._tables import parquet_rows, require_pyarrow, split_of, sp
 __all__ = ["hub_files"]
 
 CONVERTED = "refs/convert/parquet"
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Tables beside images that may hold their labels; `datasets` reads them, and so does the hub's conversion."""
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".arrow")
 CARD_LIMIT = 2**22
 CONFIGS_LIMIT = 2**17
@@ -93,9 +93,9 @@ def hub_files(name: str, split: str = "train") -> Generator[ImageFiles, None, No
     if converted and not (whole and any(word.startswith("partial-") for each in converted.values() for word in each)):
         yield hub.rows(converted, CONVERTED, default)
     elif whole:
-        notes = [f"{each} is not read, so labels in it are left out." for each in metadata]
-        notes += ["The configs in the data set's card are not followed for image files."] if declared else []
-        yield hub.images(images, [each for each in names if PurePosixPath(each).name == "dataset.json"], notes)
+        notes = ["The configs in the data set's card are not followed for image files."] if declared else []
+        documents = [each for each in names if PurePosixPath(each).name == "dataset.json"]
+        yield hub.images(images, documents, [each for each in names if each not in documents], notes)
     elif archives and not images and not configuration and all(suffixes[each] == ".zip" for each in archives):
         with hub.archive(archives) as files:
             yield files
@@ -277,8 +277,8 @@ class _Repository:
         found = {each: matching if each == word else [] for each in splits} if word else _by_split(matching)
         return {configuration: found} if any(found.values()) else {}
 
-    def images(self, names: list[str], documents: list[str], notes: list[str]) -> ImageFiles:
-        """The image files in the repository."""
+    def images(self, names: list[str], documents: list[str], others: list[str], notes: list[str]) -> ImageFiles:
+        """The image files in the repository, beside its other files."""
         folder = self.fetched(list(map(glob.escape, documents)), documents) if documents else Path()
         chosen = choose_files(
             names,
@@ -300,7 +300,7 @@ class _Repository:
             open=lambda i: open_regular(folder / chosen.names[i]),
             labels=chosen.labels,
             class_names=chosen.class_names,
-            notes=(*chosen.notes, *notes),
+            notes=(*chosen.notes, *table_note(others, chosen), *notes),
             name=self._short,
             source=f"Hugging Face {self.name}, {len(chosen.names):,} image files{chosen.note}",
             fingerprint=fingerprint,

@@ -7,6 +7,7 @@ Files are recognised by their suffix, ordered by name, and found in sub-folders 
   the requested split are read;
 - labels come from `dataset.json`, `{"labels": [["a/b.png", 3], ...]}` with names relative to its folder, if there is one
   (its labels may be null: none);
+- a table, such as metadata.csv, is not read, and a note says so;
 - otherwise, if every image lies in exactly one level of sub-folder, and there are at least two, the sub-folders are the
   classes. They are numbered in the natural order of their names (2 before 10), in every split as in the training split.
   If an image lies elsewhere, there are no classes, and the manifest notes why.
@@ -32,6 +33,7 @@ from stablefield.data._archive import Archive, EntryFile
 from stablefield.data._image_set import MissingSplitError
 
 __all__ = [
+    "METADATA",
     "NOTED",
     "SPLITS",
     "SUFFIXES",
@@ -41,9 +43,11 @@ __all__ = [
     "common_folder",
     "folder_files",
     "hidden",
+    "names_labels",
     "natural",
     "read_documents",
     "stamp",
+    "table_note",
     "zip_files",
 ]
 
@@ -73,6 +77,11 @@ _UNREAD = frozenset(
     [".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".psd", ".exr", ".hdr"]
 )
 """Suffixes of images that are not read; a note says how many files have one."""
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Tables beside images that may hold their labels; `datasets` reads them, and so does the hub's conversion."""
+_TABLES = frozenset([".csv", ".tsv", ".jsonl", ".json", ".txt"])
+"""Suffixes of other tables, if their names say that they hold labels."""
+_LABEL_WORDS = frozenset(["label", "labels", "class", "classes", "cls", "target", "targets", "category", "categories"])
 NOTED = 200
 """Letters of a name in a note: notes go into the header of a packed file."""
 SPLITS = {
@@ -124,6 +133,7 @@ def folder_files(
     """
     paths: dict[str, Path] = {}
     unread: list[str] = []
+    beside: list[str] = []
     seen: set[tuple[int, int]] = set()
 
     def refuse(error: OSError) -> None:
@@ -137,21 +147,29 @@ def folder_files(
         seen.add((status.st_dev, status.st_ino))
         below[:] = sorted(name for name in below if not hidden(name))
         for file in files:
+            if hidden(file):
+                continue
             suffix = Path(file).suffix.lower()
-            if not hidden(file) and (suffix in SUFFIXES or suffix == ".parquet" or file == "dataset.json"):
-                path = Path(place) / file
-                paths[path.relative_to(folder).as_posix()] = path
-            elif not hidden(file) and suffix in _UNREAD:
+            path = Path(place) / file
+            name = path.relative_to(folder).as_posix()
+            if suffix in SUFFIXES or suffix == ".parquet" or file == "dataset.json":
+                paths[name] = path
+            elif suffix in _UNREAD:
                 unread.append(file)
+            else:
+                beside.append(name)
     parquet = [paths.pop(name) for name in list(paths) if name.lower().endswith(".parquet")]
     if parquet and tables is not None:
         single = next((path for name, path in paths.items() if PurePosixPath(name).name != "dataset.json"), None)
         if single is None:
             return tables(parquet, folder, split)
-        raise ValueError(
-            f"{folder} holds parquet files, such as {parquet[0]}, and image files, such as {single}: name a folder with "
-            "only one kind."
-        )
+        rows = next((path for path in parquet if path.name not in METADATA), None)
+        if rows is not None:
+            raise ValueError(
+                f"{folder} holds parquet files, such as {rows}, and image files, such as {single}: name a folder with only "
+                "one kind."
+            )
+        beside += [path.relative_to(folder).as_posix() for path in parquet]
     named = {name: path for name, path in paths.items() if PurePosixPath(name).name == "dataset.json"}
     documents = read_documents(named, len(paths))
     chosen = choose_files([name for name in paths if name not in documents], documents, folder, split)
@@ -164,7 +182,7 @@ def folder_files(
         open=lambda i: open_regular(paths[chosen.names[i]]),
         labels=chosen.labels,
         class_names=chosen.class_names,
-        notes=(*chosen.notes, *_unread_note(unread)),
+        notes=(*chosen.notes, *table_note(beside, chosen), *_unread_note(unread)),
         name=folder.resolve().name or "images",
         source=f"folder {folder.resolve().name} with {len(chosen.names):,} image files{chosen.note}",
         fingerprint=fingerprint,
@@ -186,6 +204,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
     with Archive(path) as archive:
         entries: dict[str, zipfile.ZipInfo] = {}
         unread: list[str] = []
+        beside: list[str] = []
         for entry in archive.entries:
             # Some Windows programs write backslashes.
             name = entry.filename.replace("\\", "/")
@@ -195,9 +214,11 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
             if not parts or name.endswith("/") or any(hidden(part) for part in parts):
                 continue
             suffix = PurePosixPath(name).suffix.lower()
-            if suffix in _UNREAD:
-                unread.append(parts[-1])
             if suffix not in SUFFIXES and parts[-1] != "dataset.json":
+                if suffix in _UNREAD:
+                    unread.append(parts[-1])
+                else:
+                    beside.append(name)
                 continue
             if name in entries:
                 raise ValueError(f"{path}: the entry {name!r} occurs twice: make the archive again.")
@@ -219,7 +240,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
             open=lambda i: archive.open(entries[chosen.names[i]]),
             labels=chosen.labels,
             class_names=chosen.class_names,
-            notes=(*chosen.notes, *_unread_note(unread)),
+            notes=(*chosen.notes, *table_note(beside, chosen), *_unread_note(unread)),
             name=path.stem,
             source=f"archive {path.name} with {len(chosen.names):,} image files{chosen.note}",
             fingerprint=fingerprint,
@@ -289,16 +310,22 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
             if name.startswith(f"{root}{word}/")
         ]
         names = [name for name in names if name.startswith(f"{root}{kept[0]}/")]
+        others = tuple(f"{root}{word}/" for word in first if word != kept[0])
+        documents = {name: document for name, document in documents.items() if not name.startswith(others)}
         root, note = common_folder(names), f", split {kept[0]}"
     elif split != "train":
         raise MissingSplitError(
             f"split={split!r}: {where} has no splits; leave split out, or name the folder with the images."
         )
-    for name, document in sorted(documents.items(), key=lambda item: len(item[0])):
-        folder = name.removesuffix("dataset.json")
-        if root.startswith(folder):
-            labels = _document_labels([n[len(folder) :] for n in names], document, f"{where}/{name}")
-            return ChosenFiles(names=names, labels=labels, note=note, notes=tuple(notes))
+    folders = {name.removesuffix("dataset.json"): name for name in sorted(documents, key=len)}
+    above = next(filter(root.startswith, folders), None)
+    notes += _document_note(
+        [name for folder, name in folders.items() if folder != above], root, folders.get(above or "")
+    )
+    if above is not None:
+        name = folders[above]
+        labels = _document_labels([n[len(above) :] for n in names], documents[name], f"{where}/{name}")
+        return ChosenFiles(names=names, labels=labels, note=note, notes=tuple(notes))
     classes = [name[len(root) :].split("/") for name in names]
     if all(len(parts) == 2 for parts in classes):
         above = len(common_folder(training))
@@ -317,6 +344,56 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
             f"{'it' if len(stray) == 1 else 'them'} into one of the folders or away, or write a dataset.json."
         )
     return ChosenFiles(names=names, note=note, notes=tuple(notes))
+
+
+def _document_note(unused: Sequence[str], root: str, used: str | None) -> tuple[str, ...]:
+    """A note on documents that give no labels to images in the folder `root`; none without such documents."""
+    if not unused:
+        return ()
+    which = (
+        f"{unused[0][:NOTED]} is" if len(unused) == 1 else f"{len(unused):,} files, such as {unused[0][:NOTED]}, are"
+    )
+    if used is not None:
+        return (f"{which} not read, because {used[:NOTED]} gives the labels of all images.",)
+    place = f"the folder {root.rstrip('/')[:NOTED]}" if root else "the folder that holds them all"
+    return (
+        f"{which} not read, because not all images lie in {'its folder' if len(unused) == 1 else 'one of their folders'}: "
+        f"for labels, put one dataset.json, with names relative to its folder, into {place}.",
+    )
+
+
+def table_note(names: Sequence[str], chosen: ChosenFiles) -> tuple[str, ...]:
+    """A note on tables that may hold labels of the chosen images; none without such tables.
+
+    Args:
+        names: the names of files beside the images, of any kind.
+        chosen: the images; if they have labels, only tables that `datasets` would read are worth a note.
+    """
+
+    def is_table(path: PurePosixPath) -> bool:
+        named = path.stem.lower() == "metadata" or names_labels(path.stem)
+        return path.name in METADATA or (chosen.labels is None and path.suffix.lower() in _TABLES and named)
+
+    tables = sorted(name for name in names if is_table(PurePosixPath(name)))
+    if not tables:
+        return ()
+    first = tables[0][:NOTED]
+    which = f"{first} is" if len(tables) == 1 else f"{len(tables):,} files, such as {first}, are"
+    them = "it" if len(tables) == 1 else "them"
+    return (
+        f"{which} not read, so labels in {them} are left out: for classes, put the images of each into a folder of its own, "
+        "or write a dataset.json.",
+    )
+
+
+def names_labels(name: str) -> bool:
+    """Whether a column, an array or a file of this name seems to hold labels: `y`, `Label`, `class_id`, `trainLabels`."""
+    return name.lower() == "y" or not _LABEL_WORDS.isdisjoint(_words(name))
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name, in small letters."""
+    return {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
 def _unread_note(names: Sequence[str]) -> tuple[str, ...]:

@@ -226,6 +226,10 @@ def _kind(dtype: Any) -> str:
         dtype = dtype.value_type
     if types.is_integer(dtype):
         return "number"
+    if types.is_boolean(dtype):
+        return "bool"
+    if types.is_floating(dtype):
+        return "float"
     if types.is_string(dtype) or types.is_large_string(dtype):
         return "text"
     if types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:
