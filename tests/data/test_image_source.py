@@ -159,6 +159,86 @@ def test_images_of_a_kind_that_is_not_read_are_counted_in_a_note(tmp_path, packi
     assert opened.notes == ("10 files that end in .dng, .heic are not read: save them as PNG or JPEG.",)
 
 
+def pictures(path, *names):
+    """An archive of pictures with these names, all alike."""
+    return zipped(path, dict.fromkeys(names, png_bytes(pixels())))
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "said"),
+    [
+        (
+            ["train_images/a", "train_images/b", "test_images/c"],
+            ("test_images", "train_images"),
+            "The folders test_images, train_images seem to be splits, but the images of all of them are read: to read one "
+            "split, name its folder, such as test_images, or call the folders test, train.",
+        ),
+        (
+            ["in/Train 2017/a", "in/val2017/c"],
+            ("Train 2017", "val2017"),
+            "to read one split, name its folder, such as in/T",
+        ),
+        (["cats-train/a", "cats-test/c"], ("cats-test", "cats-train"), "The folders cats-test, cats-train seem to be"),
+        (
+            ["trainset/cat/1", "trainset/dog/2", "testset/cat/3"],
+            None,
+            "The folders testset, trainset seem to be splits",
+        ),
+        (
+            ["cat/train/1", "cat/test/2", "dog/train/3", "dog/test/4"],
+            None,
+            "The folders dog/test, dog/train seem to be splits, but the images of all of them are read, and the folders "
+            "above them do not count as classes: to read one split with classes, put the folders of the classes into those "
+            "of the splits, such as test/dog.",
+        ),
+        (["cat/train/1", "dog/test/2"], None, "The folders dog/test, cat/train seem to be splits"),
+        (
+            ["a/x/1", "a/y/2", "b/x/3"],
+            None,
+            "The 2 folders do not count as classes, because 3 of 3 images lie in folders below them, the first a/x/1.png",
+        ),
+        (["train_station/1", "harbour/2"], ("harbour", "train_station"), None),
+        (["devices/1", "trains/2", "tests/3"], ("devices", "tests", "trains"), None),
+        (["train/a/1", "train/b/2", "test/a/3"], ("a", "b"), None),
+    ],
+)
+def test_images_of_several_splits_and_folders_that_are_no_classes_have_a_note(tmp_path, names, classes, said):
+    opened = open_images(pictures(tmp_path / "x.zip", *(f"{name}.png" for name in names)))
+    assert opened.class_names == classes
+    assert len(opened) == (len(names) if said else len([name for name in names if not name.startswith("test/")]))
+    assert len(opened.notes) == (said is not None)
+    assert (said or "") in "".join(opened.notes)
+
+
+def test_the_remedies_for_mixed_splits_read_one_split_with_its_classes(tmp_path):
+    for name in ("trainset/cat/1", "trainset/dog/2", "testset/dog/3"):
+        save(tmp_path / "in" / f"{name}.png", pixels())
+    assert open_images(tmp_path / "in").labels is None
+    assert open_images(tmp_path / "in" / "trainset").labels.tolist() == [0, 1]
+    for name in ("train", "test"):
+        (tmp_path / "in" / f"{name}set").rename(tmp_path / "in" / name)
+    for split, labels in (("train", [0, 1]), ("test", [1])):
+        opened = open_images(tmp_path / "in", split=split)
+        assert (opened.labels.tolist(), opened.class_names) == (labels, ("cat", "dog"))
+
+
+@pytest.mark.parametrize("below", ["", "images/"])
+def test_a_split_with_images_of_one_class_has_the_numbers_of_the_training_split(tmp_path, below):
+    train = [f"set/train/{below}{name}/1.png" for name in ("cat", "dog")]
+    for name, label, classes in (
+        ("dog", 1, ("cat", "dog")),
+        ("cat", 0, ("cat", "dog")),
+        ("eel", 2, ("cat", "dog", "eel")),
+    ):
+        source = pictures(tmp_path / "x.zip", *train, f"set/test/{below}{name}/2.png", f"set/test/{below}{name}/3.png")
+        opened = open_images(source, split="test")
+        assert (opened.labels.tolist(), opened.class_names) == ([label] * 2, classes)
+        assert open_images(source).labels.tolist() == [0, 1]
+    # Without classes in the training split, or with images elsewhere, there are none.
+    for names in ([*train, f"set/test/{below}2.png"], ["train/cat/1.png", "test/cat/2.png"]):
+        assert open_images(pictures(tmp_path / "y.zip", *names), split="test").labels is None
+
+
 @pytest.mark.parametrize("packing", ["folder", "zip"])
 @pytest.mark.parametrize(
     ("beside", "said"),
@@ -232,7 +312,9 @@ def test_an_image_beside_splits_is_not_mixed_with_them(tmp_path):
     with pytest.raises(ValueError, match=r"holds the splits train, val and beside them logo\.png.*move it, or name"):
         open_images(zipped(tmp_path / "a.zip", {**entries, "logo.png": png_bytes(pixels())}))
     (note,) = open_images(zipped(tmp_path / "b.zip", {**entries, "extra/x/1.png": png_bytes(pixels())})).notes
-    assert note.startswith("The folders train, val count as classes, not as splits, because extra/x/1.png")
+    assert note.startswith(
+        "The folders train, val do not count as splits, because extra/x/1.png is in none of them, so"
+    )
     # A class has one number in all splits.
     val = open_images(zipped(tmp_path / "c.zip", entries), split="val")
     assert val.class_names == ("cat", "dog", "eel")

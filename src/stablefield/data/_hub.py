@@ -35,11 +35,12 @@ from stablefield.data._image_files import (
     common_folder,
     hidden,
     read_documents,
+    split_word,
     stamp,
     table_note,
     zip_files,
 )
-from stablefield.data._tables import parquet_rows, require_pyarrow, split_of, split_word
+from stablefield.data._tables import parquet_rows, require_pyarrow, split_of
 
 __all__ = ["hub_files"]
 

@@ -10,7 +10,8 @@ Files are recognised by their suffix, ordered by name, and found in sub-folders 
 - a table, such as metadata.csv, is not read, and a note says so;
 - otherwise, if every image lies in exactly one level of sub-folder, and there are at least two, the sub-folders are the
   classes. They are numbered in the natural order of their names (2 before 10), in every split as in the training split.
-  If an image lies elsewhere, there are no classes, and the manifest notes why.
+  If an image lies elsewhere, there are no classes, and the manifest notes why. It also notes folders that seem to be splits
+  and do not count as such, whose images are all read.
 """
 
 import json
@@ -18,7 +19,7 @@ import os
 import re
 import reprlib
 import zipfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -46,6 +47,7 @@ __all__ = [
     "names_labels",
     "natural",
     "read_documents",
+    "split_word",
     "stamp",
     "table_note",
     "zip_files",
@@ -89,6 +91,7 @@ SPLITS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+_SPLIT_OF = {word: key for key, words in SPLITS.items() for word in words}
 
 DOCUMENT_SHARE = 512
 """Bytes that a dataset.json may have for each file beside it, beyond the limit for any JSON."""
@@ -281,7 +284,7 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
     names = sorted(names)
     root = common_folder(names)
     first = {name[len(root) :].split("/")[0] if "/" in name[len(root) :] else "" for name in names}
-    words = {word: key for key, words in SPLITS.items() for word in words}
+    words = _SPLIT_OF
     note = ""
     notes: list[str] = []
     training: list[str] = []
@@ -294,9 +297,10 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
                 f"the folder of one split, such as {root}{named[0]}."
             )
         notes.append(
-            f"The folders {', '.join(named)} count as classes, not as splits, because {other[:NOTED]} is in none of them: "
-            "to read one split, name its folder."
+            f"The folders {', '.join(named)} do not count as splits, because {other[:NOTED]} is in none of them, so the "
+            "images of all of them are read: to read one split, name its folder."
         )
+    class_root = root
     if len(first) >= 2 and all(word.lower() in words for word in first):
         kept = [word for word in first if words[word.lower()] == words.get(split.lower(), split)]
         if len(kept) != 1:
@@ -311,39 +315,107 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
         ]
         names = [name for name in names if name.startswith(f"{root}{kept[0]}/")]
         others = tuple(f"{root}{word}/" for word in first if word != kept[0])
+        above = common_folder(training)
+        # A split may have images of one class only; its classes lie where those of the training split do.
+        class_root = "/".join([f"{root}{kept[0]}", *above[len(root) :].split("/")[1:]])
         documents = {name: document for name, document in documents.items() if not name.startswith(others)}
         root, note = common_folder(names), f", split {kept[0]}"
+        if not (_are_classes(training, above) and _are_classes(names, class_root)):
+            class_root = root
     elif split != "train":
         raise MissingSplitError(
             f"split={split!r}: {where} has no splits; leave split out, or name the folder with the images."
         )
+    else:
+        notes += [] if notes else _mixed_note(first, root)
+    notes += _inner_note(names, root)
+    splits_noted = bool(notes)
     folders = {name.removesuffix("dataset.json"): name for name in sorted(documents, key=len)}
-    above = next(filter(root.startswith, folders), None)
+    holder = next(filter(root.startswith, folders), None)
     notes += _document_note(
-        [name for folder, name in folders.items() if folder != above], root, folders.get(above or "")
+        [name for place, name in folders.items() if place != holder], root, folders.get(holder or "")
     )
-    if above is not None:
-        name = folders[above]
-        labels = _document_labels([n[len(above) :] for n in names], documents[name], f"{where}/{name}")
+    if holder is not None:
+        name = folders[holder]
+        labels = _document_labels([n[len(holder) :] for n in names], documents[name], f"{where}/{name}")
         return ChosenFiles(names=names, labels=labels, note=note, notes=tuple(notes))
-    classes = [name[len(root) :].split("/") for name in names]
-    if all(len(parts) == 2 for parts in classes):
-        above = len(common_folder(training))
-        trained = {name[above:].split("/")[0] for name in training if name[above:].count("/") == 1}
+    classes = [name[len(class_root) :].split("/") for name in names]
+    if _are_classes(names, class_root):
+        depth = len(common_folder(training))
+        trained = {name[depth:].split("/")[0] for name in training if name[depth:].count("/") == 1}
         class_names = sorted(trained, key=natural)
         class_names += sorted({parts[0] for parts in classes} - trained, key=natural)
         number = {name: i for i, name in enumerate(class_names)}
         labels = np.array([number[parts[0]] for parts in classes], np.int64)
         return ChosenFiles(names=names, labels=labels, class_names=tuple(class_names), note=note, notes=tuple(notes))
-    folders = {parts[0] for parts in classes if len(parts) == 2}
-    if len(folders) >= 2:
-        stray = [name for name, parts in zip(names, classes, strict=True) if len(parts) != 2]
+    holding = {parts[0] for parts in classes if len(parts) >= 2}
+    stray = [name for name, parts in zip(names, classes, strict=True) if len(parts) != 2]
+    # Where no image lies as those of classes do, a note on splits says it all.
+    if len(holding) >= 2 and not (splits_noted and len(stray) == len(names)):
+        deeper = all(len(parts) > 2 for parts in classes if len(parts) != 2)
         notes.append(
-            f"The {len(folders):,} folders do not count as classes, because {len(stray):,} of {len(names):,} images "
-            f"{'lies' if len(stray) == 1 else 'lie'} elsewhere, the first {stray[0][:NOTED]}: for classes, move "
-            f"{'it' if len(stray) == 1 else 'them'} into one of the folders or away, or write a dataset.json."
+            f"The {len(holding):,} folders do not count as classes, because {len(stray):,} of {len(names):,} images "
+            f"{'lies' if len(stray) == 1 else 'lie'} {'in folders below them' if deeper else 'elsewhere'}, the first "
+            f"{stray[0][:NOTED]}: for classes, move {'it' if len(stray) == 1 else 'them'} into one of the folders or away, "
+            "or write a dataset.json."
         )
     return ChosenFiles(names=names, note=note, notes=tuple(notes))
+
+
+def _are_classes(names: Sequence[str], root: str) -> bool:
+    """Whether there are names, and all lie in one level of folders below `root`."""
+    return bool(names) and all(name.startswith(root) and name[len(root) :].count("/") == 1 for name in names)
+
+
+def split_word(name: str) -> str:
+    """The word for a split that a name begins with, or nothing."""
+    word = re.split(r"[-_.]", name)[0].lower()
+    return word if word in _SPLIT_OF else ""
+
+
+def _seeming_splits(folders: Iterable[str]) -> dict[str, list[str]]:
+    """The folders of each split that their names begin or end with, such as train_images, testset or cats-val."""
+    splits: dict[str, list[str]] = {}
+    for folder in sorted(folders):
+        words = re.findall("[a-z]+", folder.lower())
+        for word in (*words[:1], *words[-1:]):
+            key = _SPLIT_OF.get(re.sub("(sets?|data|images?|imgs?|splits?)$", "", word))
+            if key is not None:
+                splits.setdefault(key, []).append(folder)
+                break
+    return splits
+
+
+def _mixed_note(folders: Iterable[str], root: str) -> tuple[str, ...]:
+    """A note on folders below `root` that seem to be splits, of which all images are read; none without such folders."""
+    splits = _seeming_splits(folders)
+    if len(splits) < 2:
+        return ()
+    shown = ", ".join(folder for found in splits.values() for folder in found)
+    return (
+        f"The folders {shown[:NOTED]} seem to be splits, but the images of all of them are read: to read one split, name "
+        f"its folder, such as {root}{next(iter(splits.values()))[0][:NOTED]}, or call the folders {', '.join(splits)}.",
+    )
+
+
+def _inner_note(names: Sequence[str], root: str) -> tuple[str, ...]:
+    """A note on folders within those of `root` that seem to be splits; none without such folders."""
+    within = {
+        place: f"{root}{parts[0]}/{'/'.join(parts[1 : k + 1])}"
+        for parts in (name[len(root) :].split("/") for name in names)
+        for k, place in enumerate(parts[:-1])
+        if k
+    }
+    splits = _seeming_splits(within)
+    if len(splits) < 2:
+        return ()
+    places = [found[0] for found in splits.values()]
+    shown = ", ".join(within[place] for place in places)
+    return (
+        f"The folders {shown[:NOTED]} seem to be splits, but the images of all of them are read, and the folders above them "
+        f"do not count as classes: to read one split with classes, put the folders of the classes into those of the splits, "
+        f"such as {root}{next(iter(splits))}/{within[places[0]][len(root) :].split('/')[0][:NOTED]}.",
+    )
 
 
 def _document_note(unused: Sequence[str], root: str, used: str | None) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import os
-import re
 import tempfile
 import threading
 from bisect import bisect_right
@@ -14,11 +13,11 @@ from typing import Any, BinaryIO
 
 from stablefield._regular_file import open_regular, read_limited
 from stablefield.data._columns import image_column, label_column, read_labels
-from stablefield.data._image_files import SPLITS, ImageFiles, stamp
+from stablefield.data._image_files import SPLITS, ImageFiles, split_word, stamp
 from stablefield.data._image_set import MissingSplitError, check_label_count
 from stablefield.data._table_file import Table, arrow_table, parquet_table, return_free_memory
 
-__all__ = ["is_saved", "parquet_files", "parquet_rows", "require_pyarrow", "saved_files", "split_of", "split_word"]
+__all__ = ["is_saved", "parquet_files", "parquet_rows", "require_pyarrow", "saved_files", "split_of"]
 
 KEPT = 16
 """How many rows read ahead are kept for threads that ask for them a little late."""
@@ -241,12 +240,6 @@ def _document(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def split_word(name: str) -> str:
-    """The word for a split that a name begins with, or nothing."""
-    word = re.split(r"[-_.]", name)[0].lower()
-    return word if any(word in words for words in SPLITS.values()) else ""
 
 
 def split_of(place: Path | str, there: Sequence[str], split: str) -> str:
