@@ -9,10 +9,11 @@ import warnings
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import stablefield as sf
-from stablefield.data import MissingSplitError, open_images
+from stablefield.data import MissingSplitError, Origin, make_image_set, open_images
 
 
 def noise(shape, seed=0):
@@ -553,6 +554,36 @@ def test_float_data_whose_channels_seem_to_come_last_have_a_note(tmp_path, shape
     assert f"have {shape[1]} channels here: if their channels come last, move them to axis 1" in opened.notes[-1]
     np.save(tmp_path / "x.npy", values.transpose(0, 3, 1, 2))
     assert not any("come last" in note for note in open_images(tmp_path / "x.npy").notes)
+
+
+@pytest.mark.parametrize("shape", [(6, 100, 2), (6, 12, 3), (6, 24, 1), (6, 64, 16)])
+@pytest.mark.parametrize("kind", ["npy", "npz", "safetensors", "array"])
+def test_a_series_whose_channels_seem_to_come_last_has_a_note_whose_remedy_scales_each_channel(tmp_path, shape, kind):
+    values = np.random.default_rng(0).normal(size=shape) * np.arange(1, shape[2] + 1)
+
+    def read(values):
+        if kind == "array":
+            return make_image_set(values, None, Origin(name="x", source="an array"))
+        if kind == "npz":
+            np.savez(tmp_path / "x.npz", data=values)
+        elif kind == "npy":
+            np.save(tmp_path / "x.npy", values)
+        else:
+            safetensors.numpy.save_file({"data": np.ascontiguousarray(values)}, tmp_path / "x.safetensors")
+        return open_images(tmp_path / f"x.{kind}")
+
+    (note,) = (note for note in read(values).notes if "read as" in note)
+    assert note.startswith(f"Samples of shape {shape[1:]} are read as {shape[1]} channels of {shape[2]} value")
+    assert note.endswith(f"of {shape[1]} values pass x.transpose(0, 2, 1).")
+    moved = read(values.transpose(0, 2, 1))
+    assert not any("read as" in note for note in moved.notes)
+    np.testing.assert_allclose(moved.scaling.std, values.std(axis=(0, 1)))
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 2), (6, 4, 100), (6, 64, 32), (6, 7)])
+def test_series_with_their_channels_first_and_vectors_have_no_such_note(tmp_path, shape):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=shape))
+    assert not any("transpose" in note for note in open_images(tmp_path / "x.npy").notes)
 
 
 @pytest.mark.parametrize(("top", "noted"), [(1, True), (16, True), (31, True), (32, False), (255, False), (0, False)])

@@ -59,6 +59,8 @@ _DARK = 32
 """Images without a brighter value are likely to have another scale: masks of 0 and 1, or digits of 0 to 16."""
 _CHANNELS = 16
 """Length of a last axis up to which it may be one of channels."""
+_STEPS = 4
+"""How many times as long the axis before it then is, at least, in a series."""
 CLASS_LIMIT = 2**16
 """How many classes there may be, if there are not more images: later stages take memory for each class."""
 
@@ -334,7 +336,16 @@ class ImageSet:
     @property
     def _channels_last(self) -> str | None:
         """A note on float data whose channels seem to come last."""
-        if self.scaling is None or len(self.shape) != 3 or self.shape[2] > _CHANNELS:
+        if self.scaling is None or self.shape[-1] > _CHANNELS:
+            return None
+        if len(self.shape) == 2 and self.shape[0] >= _STEPS * self.shape[1]:
+            length, channels = self.shape
+            plural = "s" * (channels > 1)
+            return (
+                f"Samples of shape {self.shape} are read as {length} channels of {channels} value{plural}, each scaled on "
+                f"its own: for {channels} channel{plural} of {length} values pass x.transpose(0, 2, 1)."
+            )
+        if len(self.shape) != 3:
             return None
         if min(self.shape[:2]) < 2 * self.shape[2]:
             return None
