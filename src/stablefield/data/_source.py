@@ -6,6 +6,7 @@ A source is recognised by its content, not by its name. `SOURCES` lists the kind
 import dataclasses
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,14 @@ class Request:
         )
 
     def sized(self, images: ImageSet) -> ImageSet:
-        """Bring images of one size to the requested resolution, or to one that suits a U-Net."""
+        """Bring images that came as arrays to the requested resolution, or to one that suits a U-Net, and colour."""
         resolution = self.resolution
         if images.scaling is not None:
+            if self.colour != "auto":
+                raise ValueError(
+                    f"colour={self.colour}: {self.source} holds {images.images.dtype} data, which stay as they are: leave "
+                    "colour out, or save images as uint8."
+                )
             if resolution is not None:
                 raise ValueError(
                     f"resolution={resolution}: {self.source} holds {images.images.dtype} data, which are never resized: "
@@ -84,19 +90,14 @@ class Request:
             return images
         if resolution is None and self.limit is not None:
             resolution = natural_resolution([(images.shape[1], images.shape[2])], self.limit)
-        if resolution is None:
-            return images
-        return resized_set(images, resolution, self.resize, memory_budget=self.memory_budget, cache=self.cache)
+        # Greyscale before resizing, as for image files: the other order gives other grey levels.
+        if self.colour == "grey":
+            images = self._coloured(images)
+        if resolution is not None:
+            images = resized_set(images, resolution, self.resize, memory_budget=self.memory_budget, cache=self.cache)
+        return self._coloured(images)
 
-    def coloured(self, images: ImageSet) -> ImageSet:
-        """Make greyscale or RGB images of those that came as arrays; image files already have the requested colour."""
-        if images.scaling is not None:
-            if self.colour != "auto":
-                raise ValueError(
-                    f"colour={self.colour}: {self.source} holds {images.images.dtype} data, which stay as they are: leave "
-                    "colour out, or save images as uint8."
-                )
-            return images
+    def _coloured(self, images: ImageSet) -> ImageSet:
         return converted_set(images, self.colour, memory_budget=self.memory_budget, cache=self.cache)
 
 
@@ -219,7 +220,10 @@ SOURCES: tuple[Source, ...] = (
         open=lambda request: request.decoded(folder_files(request.path, request.split, parquet_files)),
         text="a folder of images, with sub-folders or dataset.json for classes",
     ),
-    Source(recognise=_is_npz, open=_scaled(open_npz)),
+    Source(
+        recognise=_is_npz,
+        open=lambda request: _scaled(partial(open_npz, grey=request.colour == "grey"))(request),
+    ),
     Source(recognise=lambda place: is_archive(place.path), open=_open_zip, text="a .zip of the same"),
     Source(
         recognise=lambda place: place.head[:6] == b"\x93NUMPY",
@@ -321,7 +325,7 @@ def open_images(
     )
     kind = _kind(source, request.path)
     try:
-        images = request.coloured(kind.open(request))
+        images = kind.open(request)
     except ValueError as error:
         # Code that checks labels or sizes does not know the file: name it here.
         if request.path.name in str(error) or kind in (_DIGITS, _HUB):
