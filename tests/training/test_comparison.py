@@ -382,12 +382,12 @@ def test_small_numbers_of_a_comparison_are_shown_with_their_digits() -> None:
     # Mean and standard error over the seeds: half the difference of the two.
     said = summary(outcomes_of([0.0030, 0.0045], [2.394e-6, 1.772e-6]), range(2), "FD")
     assert "2.08·10⁻⁶ ± 3.1·10⁻⁷ against 2.08·10⁻⁶ ± 3.1·10⁻⁷." in said
-    outcomes = outcomes_of([0.0030, 0.0045], [1.0, 1.0])
+    outcomes = outcomes_of([0.0030, 0.0046], [1.0, 1.0])
     with empty_charts():
-        page = comparison_page("", "", outcomes, [], {}, "FD", "")
+        page = comparison_page("x", "x", outcomes, [], {"steps": 9}, "FD", "x")
     figures = next(block for block in page.blocks if isinstance(block, KeyFigures)).figures
     assert figures[0].value == "0.38% ± 0.08%"
-    assert figures[0].note.endswith("0.30% to 0.45% over seeds")
+    assert figures[0].note.endswith("0.30% to 0.46% over seeds")
 
 
 @pytest.mark.usefixtures("without_charts")
