@@ -773,6 +773,7 @@ CASES = {
             "training": lambda s: s.normal(8, 4),
             "held_out": either(None, lambda s: s.normal(3, 4)),
             "threshold": either(1 / 3, 0.5),
+            "mirrored": either(False, True),
         },
     ),
     "inception_score": Case(

@@ -206,7 +206,7 @@ def test_mirror_images_of_mirrored_training_data_are_training_images() -> None:
         it = evaluate(source, data=DIGITS, metrics=["nearest"], batch=100)
         both = torch.cat([pixels[outside:], pixels[outside:].flip(-1)]).flatten(1)
         samples = pixels[:30].flip(-1).flatten(1)
-        expected = nearest_ratio(samples, both, pixels[:outside].flatten(1) if outside else None)
+        expected = nearest_ratio(samples, both, pixels[:outside].flatten(1) if outside else None, mirrored=True)
         assert it["memorised share"].mean == pytest.approx(expected.memorised)
         assert it["memorised share"].protocol.reference_count == 2 * (1797 - outside)
         assert it["memorised share"].protocol.split.endswith(", with the mirror images")
@@ -214,6 +214,31 @@ def test_mirror_images_of_mirrored_training_data_are_training_images() -> None:
             assert it["nearer than held-out images"].mean == pytest.approx(expected.closer)
     assert expected.memorised == 1
     assert evaluate(Mirrored(), data=DIGITS, metrics=["precision"], extractor=NET).scores[0].protocol.split == "train"
+
+
+def test_copies_of_duplicates_and_of_symmetric_images_are_memorised() -> None:
+    base = DIGITS.images[:200]
+    noise = np.random.default_rng(0).integers(-4, 5, base.shape)
+
+    def share(samples: np.ndarray | Draws, data: np.ndarray) -> float:
+        return evaluate(samples, data=data, metrics=["nearest"])["memorised share"].mean
+
+    def noisy(images: np.ndarray) -> np.ndarray:
+        return (images + noise[: len(images)]).clip(0, 255).astype(np.uint8)
+
+    assert share(noisy(base), base) == share(noisy(base), np.concatenate([base, base])) == 1
+    symmetric = np.maximum(base, base[..., ::-1])
+
+    class Near(Draws):
+        mirrored = True
+
+        def batches(
+            self, repeat: int, ranks: Ranks, progress: Callable[[Progress], object] | None
+        ) -> Iterator[tuple[Tensor, Tensor]]:
+            for _, numbers in super().batches(repeat, ranks, progress):
+                yield torch.from_numpy(noisy(symmetric[numbers.numpy()])), numbers
+
+    assert share(Near(), np.concatenate([symmetric, symmetric])) == share(Near(), symmetric) == 1
 
 
 def test_float64_data_far_from_zero_have_the_numbers_of_data_at_zero() -> None:

@@ -368,7 +368,13 @@ class _Measurement:
             if self.progress is not None:
                 self.progress(Progress(stage="metrics", done=repeat, total=self.repeats))
             for group, (references, control), samples, found in zip(groups, real, features, values, strict=True):
-                given = MetricInput(samples=samples, references=references, extractor=group.extractor, held_out=control)
+                given = MetricInput(
+                    samples=samples,
+                    references=references,
+                    extractor=group.extractor,
+                    held_out=control,
+                    mirrored=group.references.mirrored,
+                )
                 found.append([value for metric in group.metrics for value in metric(given)])
             for group, samples, own in zip(groups, features, kept, strict=True):
                 if group.per_class:

@@ -109,6 +109,8 @@ class MetricInput:
     """The extractor of both."""
     held_out: Tensor | None = None
     """Features of real images outside the training data, shape (h, d)."""
+    mirrored: bool = False
+    """Whether the second half of the references are the mirror images of the first half, in the same order."""
 
 
 class Metric(ABC):

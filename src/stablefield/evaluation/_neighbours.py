@@ -52,13 +52,17 @@ def others(points: Tensor, k: int, *, rows: int = ROWS, columns: int = COLUMNS) 
     return torch.cat([best[start] for start in sorted(best)])
 
 
-def nearest(a: Tensor, b: Tensor, k: int, *, rows: int = ROWS, columns: int = COLUMNS) -> tuple[Tensor, Tensor]:
+def nearest(
+    a: Tensor, b: Tensor, k: int, *, groups: Tensor | None = None, rows: int = ROWS, columns: int = COLUMNS
+) -> tuple[Tensor, Tensor]:
     """The k nearest rows of `b` to every row of `a`, nearest first.
 
     Args:
         a: features, shape (n, d).
         b: features, shape (m, d), m >= k.
         k: number of neighbours.
+        groups: numbers of the groups of b's rows, shape (m,), of which there are at least k: only the nearest row of each
+            group counts. If None, each row is a group.
         rows: rows per block.
         columns: columns per block.
 
@@ -68,17 +72,33 @@ def nearest(a: Tensor, b: Tensor, k: int, *, rows: int = ROWS, columns: int = CO
     best: dict[int, tuple[Tensor, Tensor]] = {}
     for i, j, squared, _ in blocks(a, b, rows=rows, columns=columns):
         # One more than k: rounding may swap the last with its successor.
-        values, where = squared.topk(min(k + 1, squared.shape[1]), largest=False)
+        values, where = _least(squared, k + 1, None if groups is None else groups[None, j])
         where = where + j.start
         if i.start in best:
             values, where = torch.cat([best[i.start][0], values], dim=1), torch.cat([best[i.start][1], where], dim=1)
-            values, order = values.topk(min(k + 1, values.shape[1]), largest=False)
+            values, order = _least(values, k + 1, None if groups is None else groups[where])
             where = where.gather(1, order)
         best[i.start] = values, where
     found = torch.cat([best[start][1] for start in sorted(best)])
     distances = torch.cat([_distances(x, b, where) for x, where in zip(a.split(256), found.split(256), strict=True)])
+    if groups is not None:
+        distances[torch.cat([best[start][0] for start in sorted(best)]).isinf()] = torch.inf
     order = distances.argsort(dim=1, stable=True)[:, :k]
     return distances.gather(1, order), found.gather(1, order.to(found.device))
+
+
+def _least(values: Tensor, k: int, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The k smallest values of each row, at most one of each group, and their columns; infinite where groups run out."""
+    if groups is None:
+        return values.topk(min(k, values.shape[1]), largest=False)
+    groups, values = groups.expand_as(values), values.clone()
+    found: list[tuple[Tensor, Tensor]] = []
+    for _ in range(min(k, values.shape[1])):
+        least, column = values.min(dim=1, keepdim=True)
+        found.append((least, column))
+        values.masked_fill_(groups == groups.gather(1, column), torch.inf)
+    least, columns = zip(*found, strict=True)
+    return torch.cat(least, dim=1), torch.cat(columns, dim=1)
 
 
 def _distances(x: Tensor, b: Tensor, where: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""Copies: samples with the same values, found by a digest of each, so that one pass over a data set is enough."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["copies", "digests"]
+
+# Bytes of the samples that are read at once.
+_READ = 2**24
+
+
+def digests(samples: NDArray[Any], rows: NDArray[np.int64] | None = None) -> Iterator[bytes]:
+    """A digest of the values of each sample; floats of any precision with the same values have the same one.
+
+    Args:
+        samples: shape (n, ...), perhaps mapped from a file.
+        rows: which of them, in this order; all if None.
+    """
+    count = len(samples) if rows is None else len(rows)
+    step = max(1, _READ // max(1, samples[:1].nbytes))
+    for start in range(0, count, step):
+        part = np.ascontiguousarray(
+            samples[start : start + step] if rows is None else samples[rows[start : start + step]]
+        )
+        if part.dtype.kind == "f":
+            part = part.astype(np.float64) + 0.0  # -0.0 becomes 0.0
+        for sample in part.reshape(len(part), -1):
+            yield hashlib.blake2b(sample.data, digest_size=16).digest()
+
+
+def copies(
+    samples: NDArray[Any],
+    among: NDArray[Any],
+    rows: NDArray[np.int64] | None = None,
+    among_rows: NDArray[np.int64] | None = None,
+) -> int:
+    """How many of the samples equal one among others, which are read once and not kept.
+
+    Args:
+        samples: shape (k, ...).
+        among: the others, shape (n, ...).
+        rows: which samples; all if None.
+        among_rows: which others; all if None.
+    """
+    wanted = Counter(digests(samples, rows))
+    return sum(wanted.pop(digest, 0) for digest in digests(among, among_rows))
