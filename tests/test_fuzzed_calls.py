@@ -133,6 +133,10 @@ class State:
     def image_set(self):
         return data.make_image_set(self.images, self.labels, data.Origin(name="a", source="b"))
 
+    def image_set_of(self, split):
+        images = self.images if split == "train" else 255 - self.images
+        return data.make_image_set(images, self.labels, data.Origin(name=split, source="b"))
+
     def float_set(self):
         return data.make_image_set(self.normal(6, *self.shape).numpy(), self.labels, data.Origin(name="a", source="b"))
 
@@ -784,14 +788,14 @@ CASES = {
         lambda s: sf.evaluate,
         {
             "samples": either(lambda s: s.images, lambda s: torch.from_numpy(s.images), State.image_set),
-            "data": either(lambda s: s.images, State.image_set, lambda s: lambda split: s.image_set()),
+            "data": either(lambda s: s.images, State.image_set, lambda s: s.image_set_of),
             "metrics": either(("frechet", "nearest"), ["nearest"], ("kernel",)),
             "extractor": lambda s: RawPixels((1, 4, 4)),
             "classifier": either(None),
             "count": either(None, 4),
             "references": either(None, 5),
             "split": either("train", "test"),
-            "held_out": either(None, lambda s: s.images),
+            "held_out": either(None, lambda s: 255 - s.images),
             "repeats": either(1),
             "seed": either(0, 5),
             "per_class": either(False),

@@ -155,19 +155,26 @@ def test_three_repeats_have_disjoint_seeds_and_their_minimum_mean_and_spread(
     assert second["values"][0] == pytest.approx(values[1], rel=1e-9)
 
 
-def test_found_images_are_measured_and_repeats_take_images_of_their_own(run: Path, tmp_path: Path) -> None:
+def test_found_images_are_measured_and_repeats_take_images_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = open_digits().images
     np.savez(tmp_path / "half.npz", images=images[:900])
     np.save(tmp_path / "rest.npy", images[900:])
+    near = np.where(np.arange(897)[:, None, None, None] % 3, images[900:], images[900:] ^ 1)
+    np.save(tmp_path / "near.npy", near)
     flags = (str(tmp_path / "half.npz"), "--data", str(tmp_path / "rest.npy"), "--extractor", "pixels")
-    got = measured(
-        tmp_path / "r.json", *flags, "--metrics", "frechet", "nearest", "--held-out", str(tmp_path / "rest.npy")
-    )
+    measures = (*flags, "--metrics", "frechet", "nearest", "--held-out")
+    assert status("evaluate", *measures, str(tmp_path / "rest.npy"), "--out", str(tmp_path / "r.json")) == 2
+    assert "--held-out is a part of the training data: each of its 897 samples" in capsys.readouterr().err
+    got = measured(tmp_path / "r.json", *measures, str(tmp_path / "near.npy"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "warning: --held-out: 598 of 897 held-out samples are training samples, too" in shown
     a, b = (torch.from_numpy(part).flatten(1).double() / 127.5 - 1 for part in (images[:900], images[900:]))
     assert got["Frechet distance (pixels)"]["mean"] == pytest.approx(
         frechet_distance_from_features(a, b).value, rel=1e-5
     )
-    # Held-out images that are the training images lie at distance 0: nothing is nearer.
+    # Held-out images that are the training images, or nearly, lie at distance 0: nothing is nearer.
     assert got["nearer than held-out images"]["mean"] == 0
     assert got["memorised share of held-out images"]["mean"] == 1
     record = got["Frechet distance (pixels)"]["protocol"]

@@ -102,7 +102,7 @@ def test_what_evaluate_foretells_is_what_it_takes(
 ) -> None:
     run: Path = request.getfixturevalue("conditional" if "--guidance-scale" in flags else "run")
     dear = {name: 20.0 if name == slowest else 1.0 for name in ("drawing", "features", "metrics")}
-    np.save(tmp_path / "others.npy", open_digits().images[:300])
+    np.save(tmp_path / "others.npy", 255 - open_digits().images[:300])
     clock = Clock(monkeypatch)
     # Each with a slow first call, as a network's, that the forecast must neither count for the others nor leave to them.
     clock.charge("stablefield.networks._mlp.MLP.forward", lambda _, x, *__: dear["drawing"] * 2e-3 * len(x), 30.0)

@@ -241,6 +241,26 @@ def test_copies_of_duplicates_and_of_symmetric_images_are_memorised() -> None:
     assert share(Near(), np.concatenate([symmetric, symmetric])) == share(Near(), symmetric) == 1
 
 
+def test_held_out_images_that_are_training_images_are_counted() -> None:
+    images = DIGITS.images
+    given = {"data": images[:300], "metrics": ["nearest"]}
+    with pytest.warns(UserWarning, match=r"^held_out: 10 of 30 held-out samples are training samples, too"):
+        evaluate(images[:9], held_out=images[290:320], **given)
+    with pytest.raises(ValueError, match=r"^held_out is a part of the training data: each of its 50 samples"):
+        evaluate(images[:9], held_out=images[:50], **given)
+    evaluate(images[:9], held_out=images[299:420], **given)
+    # Of those that the model itself held out none is a training image.
+    evaluate(Trained(), data=DIGITS, metrics=["nearest"], held_out=images[:50])
+    twice = np.concatenate([images[:300], images[:300]])
+
+    class Half(Draws):
+        def held_out(self, images: sf.data.ImageSet) -> np.ndarray:  # noqa: ARG002
+            return np.arange(300)
+
+    with pytest.warns(UserWarning, match=r"^held_out: 300 of 300 held-out samples"):
+        evaluate(Half(), data=twice, metrics=["nearest"])
+
+
 def test_float64_data_far_from_zero_have_the_numbers_of_data_at_zero() -> None:
     rng = np.random.default_rng(0)
     real, samples = rng.normal(size=(300, 2)), 1.2 * rng.normal(size=(200, 2)) + 0.3
@@ -313,7 +333,7 @@ def test_small_numbers_keep_their_digits_in_the_table() -> None:
 
 def test_numbers_with_another_control_do_not_compare() -> None:
     one, other, again = (
-        evaluate(DIGITS.images[:50], data=DIGITS, metrics=["nearest"], held_out=DIGITS.images[first : first + 40])
+        evaluate(DIGITS.images[:50], data=DIGITS, metrics=["nearest"], held_out=255 - DIGITS.images[first : first + 40])
         for first in (100, 900, 100)
     )
     assert all(pair.comparable for pair in one.compare(again).comparisons())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,53 @@ def test_what_cannot_be_held_out_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(record | {"held_out": record["held_out"] | change}))
         with pytest.raises(ValueError, match="held_out"):
             _ = run.config
+
+
+def test_held_out_samples_that_are_training_samples_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(data: np.ndarray, held_out: float | np.ndarray) -> str:
+        plain = sf.data.make_image_set(data, None, sf.data.Origin(name="x", source="x"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plan = make_plan(plain, TINY, held_out=held_out, device="cpu")
+        if isinstance(held_out, float):
+            assert plan.config.held_out is not None
+            training, outside = plan.config.held_out.split(len(data), TINY.seed)
+            known = {data[row].tobytes() for row in training}
+            expected, count = sum(data[row].tobytes() in known for row in outside), len(outside)
+        else:
+            expected, count = int((held_out[:, None] == data[None]).all((2, 3, 4)).any(1).sum()), len(held_out)
+        assert bool(caught) == (expected >= 0.01 * count and expected > 0)
+        for one in caught:
+            assert one.category is UserWarning
+            assert str(one.message).startswith(f"held_out: {expected} of {count} held-out samples are training samples")
+        return f"{expected} of {count}" if caught else ""
+
+    images = open_digits().images
+    assert told(images, 0.2) == ""
+    assert told(np.repeat(images[:40], 4, axis=0), 0.2) == "32 of 32"
+    assert told(np.concatenate([images[:100], images[:20]]), 0.2) not in ("", "24 of 24")
+    assert told(images[:300], images[290:320]) == "10 of 30"
+    assert told(images[:300], np.concatenate([images[299:400], images[299:300]])) == "2 of 102"
+    assert told(images[:300], images[299:450]) == ""  # below one percent
+    floats = images.astype(np.float64) / 16 - 1
+    floats[0, 0, 0, 0] = 0.0
+    others = floats[:3].copy()
+    others[0, 0, 0, 0] = -0.0
+    others[2, 0, 0, 0] += 1e-12
+    assert told(floats, others) == "2 of 3"
+    assert told(floats.astype(np.float32), floats.astype(np.float32).astype(np.float64)[:50] + np.eye(8) / 3) == ""
+    with pytest.raises(ValueError, match=r"^held_out is a part of the training data: each of its 40 samples"):
+        told(images, images[3:43])
+    np.save(tmp_path / "a.npy", np.repeat(images[:40], 4, axis=0))
+    flags = ["--steps", "4", "--device", "cpu", "--recipe", "digits", "--dry-run", "--held-out", "0.2"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", str(tmp_path / "a.npy"), *flags])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "warning: held_out: 32 of 32 held-out samples are training samples, too" in shown.replace(
+        "--held-out:", "held_out:"
+    )
 
 
 def test_looks_cost_two_percent_unless_that_would_be_too_few_or_too_many() -> None:

@@ -17,7 +17,7 @@ import tyro
 from rich.markup import escape
 
 from stablefield._distributed import Ranks
-from stablefield.cli.console import console, print_rows, quoted, relative
+from stablefield.cli.console import console, print_rows, quoted, relative, shown_warnings
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.parser import given, words_of
@@ -123,7 +123,8 @@ class Train(TrainingFlags):
         held_out = self._held_out()
         if isinstance(held_out, str) and Ranks.launched(found.device).first:
             held_out = open_data(held_out, **found.data.reading)
-        plan = make_plan(found.data, found.recipe, init=self.init, held_out=held_out, device=found.device)
+        with shown_warnings():
+            plan = make_plan(found.data, found.recipe, init=self.init, held_out=held_out, device=found.device)
         console.print(f"recipe:     {found.name} (all of it: --print)")
         for note in found.notes:
             console.print(f"changed:    {note}", markup=False)

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["copies", "digests"]
+from stablefield._warning import warn
+
+__all__ = ["copies", "digests", "warn_of_copies"]
 
 # Bytes of the samples that are read at once.
 _READ = 2**24
+# Share of held-out samples that may be training samples, too: the usual test sets hold some.
+_FEW = 0.01
 
 
 def digests(samples: NDArray[Any], rows: NDArray[np.int64] | None = None) -> Iterator[bytes]:
@@ -49,3 +53,18 @@ def copies(
     """
     wanted = Counter(digests(samples, rows))
     return sum(wanted.pop(digest, 0) for digest in digests(among, among_rows))
+
+
+def warn_of_copies(copied: int, count: int) -> None:
+    """Warn if at least 1 % of the held-out samples are training samples, too.
+
+    Args:
+        copied: how many are.
+        count: how many held-out samples there are.
+    """
+    if copied and copied >= _FEW * count:
+        warn(
+            f"held_out: {copied:,} of {count:,} held-out samples are training samples, too, value for value: the model has "
+            "seen them, so the loss on them and the distances of them say nothing about unseen ones. Remove the copies "
+            "from the data, for example by numpy.unique(images, axis=0)."
+        )

@@ -19,6 +19,7 @@ from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import check_callable, check_kind, flag, found_device, whole_number
 from stablefield.data._collector import cache_folder
+from stablefield.data._copies import copies, warn_of_copies
 from stablefield.data._image_set import ImageSet, MissingSplitError, class_text
 from stablefield.data._latents import decode
 from stablefield.data._png import is_picture
@@ -120,13 +121,14 @@ def evaluate(
     Raises:
         ValueError: if there are too few images for a metric, images differ in size or cannot be read, features are not
             finite, `per_class` is set and samples or real images have no classes, no metric takes `per_class` or
-            `held_out`, or `metrics` holds several of one kind.
+            `held_out`, `held_out` is a part of the training data, or `metrics` holds several of one kind.
         TypeError: if an argument has the wrong type.
         ImportError: if the extractor's package, or safetensors with a cache, is not installed.
 
     Warns:
         ProtocolWarning: if the cached features of the real images come from another commit of the code.
         DamagedCacheWarning: if cached features are damaged; they are recomputed.
+        UserWarning: if at least 1 % of the held-out images are training images, too.
     """
     chosen = _chosen(metrics, classifier)
     # Numbers of NumPy become plain ones, as torch and records take them.
@@ -226,6 +228,8 @@ def evaluate(
                 whole = replace(whole, chosen=trained, choice="without the held-out images")
                 if control is None:
                     control = ReferenceSet(images=train, split="train", chosen=outside, choice="held out")
+            if control is not None:
+                _check_copies(control, whole, ranks, given=held_out is not None)
             group = _Group(extractor=raw(images), metrics=its, references=whole, held_out=control)
         else:
             if network is None:
@@ -264,6 +268,21 @@ def _held_out(
         # Any other error, such as that of a damaged split, would otherwise take the control away in silence.
         return None
     return None if found is None else check_size("held_out", found, source.shape, floating=source.floating)
+
+
+def _check_copies(control: ReferenceSet, whole: ReferenceSet, ranks: Ranks, *, given: bool) -> None:
+    """Warn of held-out images that are training images, too; an error if all images that the caller gave are."""
+    copied = 0
+    if ranks.first:
+        copied = copies(control.images.images, whole.images.images, control.rows, whole.rows)
+    copied = ranks.broadcast(copied, "to compare the held-out images with the training images")
+    if given and copied == len(control):
+        raise ValueError(
+            f"held_out is a part of the training data: each of its {copied:,} samples is a training sample, too; pass "
+            "samples that are not."
+        )
+    if ranks.first:
+        warn_of_copies(copied, len(control))
 
 
 def check_counts(metrics: Sequence[Metric], samples: int | None, references: int | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import stablefield
 from stablefield._distributed import Ranks
 from stablefield._shapes import check_kind, found_device, whole_number
+from stablefield.data._copies import copies, warn_of_copies
 from stablefield.data._image_set import ImageSet
 from stablefield.data._scaling import Scaling
 from stablefield.data._source import Images, as_image_set, open_images, warned
@@ -147,7 +148,11 @@ def make_plan(
         device: where to compute; a GPU if there is one.
 
     Raises:
-        ValueError: if the recipe does not fit the data, naming its field, or `init` does not fit the network.
+        ValueError: if the recipe does not fit the data, naming its field, `init` does not fit the network, or `held_out` is
+            a part of the data.
+
+    Warns:
+        UserWarning: if at least 1 % of the held-out samples are training samples, too.
     """
     where, ranks = place(device)
     source, measured = None if init is None else open_weights(init), data.scaling
@@ -189,12 +194,23 @@ def _held_out(
     if held_out is None:
         return None, None
     if isinstance(held_out, int | float | np.number):
-        return HeldOut.part(float(held_out), data, recipe), None
+        found = HeldOut.part(float(held_out), data, recipe)
+        training, outside = found.split(len(data), recipe.seed)
+        warn_of_copies(copies(data.images, data.images, outside, training), found.count)
+        return found, None
     if isinstance(held_out, str | Path):
         others = warned("held_out", open_images(held_out, **data.reading))
     else:
         others = as_image_set("held_out", held_out)
-    return HeldOut.other(others, data, recipe), others
+    found = HeldOut.other(others, data, recipe)
+    copied = copies(others.images, data.images)
+    if copied == len(others):
+        raise ValueError(
+            f"held_out is a part of the training data: each of its {copied:,} samples is a training sample, too; pass "
+            "samples that are not, or a share of the data, such as 0.05."
+        )
+    warn_of_copies(copied, len(others))
+    return found, others
 
 
 def _decide(
