@@ -56,7 +56,7 @@ def accuracy(images: torch.Tensor) -> list[dict[str, object]]:
 def cost(images: torch.Tensor, pairs: int) -> list[dict[str, object]]:
     """Time and memory of one call beside two bare products and the naive form."""
     return [
-        dataclasses.asdict(measure_cost(images[:n], batch, level=100.0, pairs=pairs, naive_bytes=2**34))
+        dataclasses.asdict(measure_cost(images[:n], batch, level=100.0, pairs=pairs, naive_bytes=2**35))
         for n, batch in itertools.product((1024, 4096, 50_000), (64, 512))
         if n <= len(images)
     ]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import stablefield as sf
 from forks import Fork
@@ -115,6 +116,42 @@ def test_the_target_is_within_its_bound_of_two_products_and_far_from_the_naive_f
         assert naive.naive_peak is not None
         assert naive.naive_peak > 4 * 64 * 512 * 3072
         assert naive.naive_peak > 20 * naive.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8])
+def test_products_and_the_naive_form_are_float32_beside_a_pool_of_any_dtype(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noted(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            if name in ("matmul", "__matmul__", "softmax"):
+                found.add((name.strip("_"), args[0].dtype))
+            return func(*args, **(kwargs or {}))
+
+    found, pools = set[tuple[str, torch.dtype]](), list[torch.dtype]()
+    call = sf.StableTarget.__call__
+
+    def hidden(self: sf.StableTarget, *given: Any, **named: Any) -> sf.Target:
+        assert isinstance(self.references, sf.Pool)
+        pools.append(torch.as_tensor(self.references.data).dtype)
+        with torch._C.DisableTorchFunction():  # what the target itself multiplies is not the claim
+            return call(self, *given, **named)
+
+    monkeypatch.setattr(sf.StableTarget, "__call__", hidden)
+    images = (100 * torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(0))).to(dtype)
+    with Noted():
+        cost = measure_cost(images, 4, level=100.0, pairs=1)
+    assert found == {("matmul", torch.float32), ("softmax", torch.float32)}
+    assert set(pools) == {dtype}
+    assert cost.pool == str(dtype).removeprefix("torch.")
+
+
+def test_the_limit_of_the_naive_form_is_what_it_holds_at_a_time() -> None:
+    images = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    held = 2 * 4 * 16 * 32 * 64  # the differences and their squares
+    assert measure_cost(images, 16, level=100.0, pairs=1, naive_bytes=held).naive is not None
+    assert measure_cost(images, 16, level=100.0, pairs=1, naive_bytes=held - 1).naive is None
 
 
 @pytest.mark.usefixtures("one_thread")

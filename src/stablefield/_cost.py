@@ -66,10 +66,10 @@ class Cost:
         dim: numbers per sample, d.
         pool: dtype of the references.
         seconds: seconds of one call.
-        products: seconds of the two bare matrix products, on float32 references.
+        products: seconds of the two bare matrix products, on float32 references, whatever the dtype of the pool.
         ratio: seconds / products, the median over pairs.
         peak: bytes above those in use before the call, which include the pool; None if the system cannot measure it.
-        naive: seconds of the naive form; None if too large to run.
+        naive: seconds of the naive form, in float32; None if too large to run.
         naive_peak: bytes of the naive form.
     """
 
@@ -181,18 +181,19 @@ def measure_cost(
     """Measure a stable target over all of `images` with `batch` rows.
 
     Args:
-        images: the references, shape (n, ...), float32 or uint8.
+        images: the references, shape (n, ...), uint8 or of any floating dtype, which the pool keeps.
         batch: rows B.
         level: noise level of all rows; high, so that every reference has weight and the target can skip nothing.
         pairs: how many times to time target and products in turn.
-        naive_bytes: run the naive form if its B x n x d numbers take no more than this.
+        naive_bytes: run the naive form if it takes no more than this: twice B x n x d float32 numbers, for the differences
+            and their squares.
         clock: returns the time in seconds.
     """
     device, n = images.device, len(images)
     generator = torch.Generator(device).manual_seed(0)
     index = torch.randint(n, (batch,), generator=generator, device=device)
     pool = Pool(images)
-    floating = images if images.is_floating_point() else images.float().div_(127.5).sub_(1)
+    floating = images.float() if images.is_floating_point() else images.float().div_(127.5).sub_(1)
     x0 = floating[index]
     x_t = EDM().perturb(x0, level, generator=generator)
     t = torch.full((batch,), level, device=device)
@@ -216,7 +217,7 @@ def measure_cost(
             return (weights[:, :, None] * references[None]).sum(1)
 
     times = paired(stable, products, pairs, device, clock)
-    fits = 4 * batch * n * rows.shape[1] <= naive_bytes
+    fits = 2 * 4 * batch * n * rows.shape[1] <= naive_bytes
     return Cost(
         batch=batch,
         references=n,
