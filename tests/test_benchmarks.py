@@ -162,6 +162,41 @@ def test_a_training_step_sees_the_same_rows_with_both_targets() -> None:
     assert share.stable > 0 < share.single
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("shape", "network"),
+    [
+        ((3, 8, 8), sf.networks.SongUNet),
+        ((3, 8, 12), sf.networks.SongUNet),
+        ((4, 12, 4), sf.networks.SongUNet),
+        ((1, 6, 8), sf.networks.MLP),
+        ((1, 5, 5), sf.networks.MLP),
+        ((2, 9), sf.networks.MLP),
+        ((2,), sf.networks.MLP),
+        ((2, 4, 4, 4), sf.networks.MLP),
+    ],
+    ids=str,
+)
+def test_a_training_step_is_timed_for_samples_of_any_shape(
+    shape: tuple[int, ...], network: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set[tuple[type, tuple[int, ...]]]()
+    call = sf.Denoiser.__call__
+
+    def noted(self: sf.Denoiser, x: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        seen.add((type(self.network), tuple(x.shape)))
+        return call(self, x, *given, **named)
+
+    monkeypatch.setattr(sf.Denoiser, "__call__", noted)
+    images = torch.randn(20, *shape, generator=torch.Generator().manual_seed(0))
+    share = measure_step(images, noise_band=1.0, batch=4, width=32, pairs=1)
+    assert seen == {(network, (4, *shape))}
+    assert share.stable > 0 < share.single
+    options = {"batch": [2], "references": [8], "pairs": 1, "growth": False, "step": False, "device": "cpu"}
+    (cost,) = sf.benchmark(images, **options).costs
+    assert cost.dim == images[0].numel()
+
+
 @pytest.mark.timed
 def test_bench_prints_a_table_that_fits_and_writes_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

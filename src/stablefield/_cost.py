@@ -22,6 +22,7 @@ from torch import Tensor
 from stablefield.diffusion._objective import Objective
 from stablefield.diffusion._preconditioning import Denoiser, EDMPreconditioning
 from stablefield.diffusion._process import EDM, RectifiedFlow
+from stablefield.networks._mlp import MLP
 from stablefield.networks._sit import SiT
 from stablefield.networks._song_unet import SongUNet
 from stablefield.targets._engine.matmul import full_precision
@@ -241,22 +242,26 @@ def measure_step(
     pairs: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepShare:
-    """Measure a training step of a DDPM++ with all of `images` as references.
+    """Measure a training step with all of `images` as references: of a DDPM++, or of a perceptron where that does not fit.
 
     A step draws noise levels from EDM's distribution, evaluates the loss, differentiates it and updates the weights (Adam).
     Both kinds of step see the same rows and noise.
 
     Args:
-        images: the references, float32 or uint8, shape (n, C, H, W) with H = W a multiple of 4.
+        images: the references, uint8 or floating point, shape (n, C, H, W); a perceptron takes other shapes (n, ...), and
+            those with an H or W that is not a multiple of 4.
         noise_band: as for `StableTarget`.
         batch: images per step.
-        width: base channels; 64 make 4.7 M parameters.
+        width: base channels of the DDPM++; 64 make 4.7 M parameters.
         pairs: how many times to time the two kinds of step in turn.
         clock: returns the time in seconds.
     """
     device = images.device
     torch.manual_seed(0)
-    network = SongUNet.ddpmpp(images.shape[-1], images.shape[1], width, (1, 1, 2), 2).to(device)
+    shape = tuple(images.shape[1:])
+    halved = len(shape) == 3 and all(side % 4 == 0 for side in shape[1:])  # twice, between three levels
+    network = SongUNet.ddpmpp(shape[1:], shape[0], width, (1, 1, 2), 2) if halved else MLP(shape)
+    network = network.to(device)
     denoiser = Denoiser(network, EDMPreconditioning(sigma_data=0.5))
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-4)
     stable = StableTarget(EDM(), references=Pool(images), noise_band=noise_band)

@@ -445,6 +445,7 @@ def test_every_verb_of_the_command_takes_float_data(points, tmp_path, monkeypatc
         ("probe points.npz --sources 16 --references 16 --noise-levels 1", "written to probes/points"),
         (f"compare points.npz {tiny} --seeds 0 --evaluations 1 --samples 40", "report: compare/points/report.html"),
         ("data inspect points.npz", "no picture"),
+        ("bench points.npz --batch 4 --references 64 --pairs 1 --no-growth --device cpu", "with 200 references above"),
     ):
         assert status(line) == 0
         assert words in " ".join(capsys.readouterr().out.split())
