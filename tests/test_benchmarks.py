@@ -78,6 +78,23 @@ def test_pairs_report_the_median_of_the_ratios() -> None:
     assert (found.ratio, found.first, found.second) == (1.5, 3.0, 2.0)
 
 
+def test_times_and_their_ratio_agree_whatever_slows_some_of_them() -> None:
+    now = [0.0]
+    # Three pairs, two of equal times: the medians of each side, 8.72 and 9.16 s, would contradict the ratio.
+    lengths = iter([9.0, 9.0, 8.72, 8.72, 9.16, 9.16, 8.0, 9.3])
+
+    def work() -> None:
+        now[0] += next(lengths)
+
+    found = paired(work, work, 3, CPU, lambda: now[0])
+    assert found.ratio == pytest.approx(1)
+    assert found.first == pytest.approx(found.second) == pytest.approx(9.16)
+    for count in (1, 2, 5, 8):
+        lengths = iter((1 + torch.rand(2 * count + 2, generator=torch.Generator().manual_seed(count))).tolist())
+        found = paired(work, work, count, CPU, lambda: now[0])
+        assert found.first == pytest.approx(found.ratio * found.second, rel=1e-12)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to reset the peak of memory")
 def test_peak_memory_is_what_the_work_holds_at_a_time(fork: Callable[..., Fork]) -> None:
     # In a process of its own, as `bench` is: what the tests before have left to the allocator is no part of the claim.

@@ -48,7 +48,8 @@ class Pairs:
 
     Attributes:
         ratio: median of first / second over the pairs.
-        first: median seconds of the first.
+        first: seconds of the first: ratio x second. The median of its own times would contradict the ratio where other work
+            has slowed one side of some pairs.
         second: median seconds of the second.
     """
 
@@ -66,9 +67,9 @@ class Cost:
         references: references n.
         dim: numbers per sample, d.
         pool: dtype of the references.
-        seconds: seconds of one call.
+        seconds: seconds of one call: ratio x products.
         products: seconds of the two bare matrix products, on float32 references, whatever the dtype of the pool.
-        ratio: seconds / products, the median over pairs.
+        ratio: seconds / products, the median of this over pairs.
         peak: bytes above those in use before the call, which include the pool; None if the system cannot measure it.
         naive: seconds of the naive form, in float32; None if too large to run.
         naive_peak: bytes of the naive form.
@@ -95,9 +96,9 @@ class StepShare:
         batch: images per step.
         references: references n.
         noise_band: level below which rows use their source alone.
-        stable: median seconds of a step with the stable target.
+        stable: seconds of a step with the stable target: ratio x single.
         single: median seconds of a step with the single-sample target.
-        ratio: stable / single, the median over pairs.
+        ratio: stable / single, the median of this over pairs.
     """
 
     parameters: int
@@ -135,11 +136,8 @@ def paired(
         else:
             early = seconds(first)
             times.append((early, seconds(second)))
-    return Pairs(
-        ratio=statistics.median(a / b for a, b in times),
-        first=statistics.median(a for a, _ in times),
-        second=statistics.median(b for _, b in times),
-    )
+    ratio, plain = statistics.median(a / b for a, b in times), statistics.median(b for _, b in times)
+    return Pairs(ratio=ratio, first=ratio * plain, second=plain)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
@@ -354,7 +352,7 @@ def measure_transformer(
         batch=batch,
         references=per_label,
         noise_band=0.0,
-        stable=times.first + times.second,
+        stable=times.first + times.second,  # (1 + ratio) x second
         single=times.second,
         ratio=1 + times.ratio,
     )
