@@ -150,7 +150,7 @@ def test_a_batch_of_half_precision_keeps_its_dtype(rng: torch.Generator) -> None
 
 def test_targets_carry_no_gradient(rng: torch.Generator) -> None:
     x0 = torch.randn(4, 3, generator=rng, requires_grad=True)
-    target = sf.StableTarget(sf.EDM(), references=sf.InBatch())(x0, x0 + 1, 1.0)
+    target = sf.StableTarget(sf.EDM(), references=sf.InBatch())(x0.detach(), x0 + 1, 1.0)
     assert not target.x0.requires_grad
     assert not sf.posterior(x0, 1.0, 1.0, x0).mean.requires_grad
 
@@ -166,3 +166,79 @@ def test_a_discrete_process_serves_all_views_but_the_velocity(rng: torch.Generat
     torch.testing.assert_close(target.x0, found.mean, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no time derivative"):
         _ = target.velocity
+
+
+class Learned(sf.RectifiedFlow):
+    """A flow whose noise has a trained scale."""
+
+    scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.scale * t
+
+
+@pytest.mark.parametrize("view", VIEWS := ["x0", "noise", "v", "velocity", "score"])
+def test_views_of_a_stable_target_are_constants(view: str, rng: torch.Generator) -> None:
+    """Also where the caller's tensors have gradients that the target does not need, and the rows are below the band."""
+    x0, noise, x_t, t = (value.requires_grad_() for value in batch(sf.RectifiedFlow(), rng, torch.float32))
+    for band in (0.0, 1.0, 100.0):
+        stable = sf.StableTarget(sf.RectifiedFlow(), references=sf.InBatch(), noise_band=band)
+        assert not getattr(stable(x0.detach(), x_t, t, noise=noise), view).requires_grad
+        with torch.no_grad():
+            target = stable(x0, x_t, t)
+        assert not getattr(target, view).requires_grad
+        assert not getattr(target[:4], view).requires_grad
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_trained_encoder_gets_the_gradient_of_the_usual_loop_or_an_error(view: str, rng: torch.Generator) -> None:
+    process, embedded = sf.RectifiedFlow(), torch.randn(16, 3, generator=rng).requires_grad_()
+    noise, t = torch.randn(16, 3, generator=rng), torch.rand(16, generator=rng) * 0.9 + 0.05
+    x_t = process.perturb(embedded, t, noise)
+    s = t[:, None]
+    usual = {
+        "x0": embedded,
+        "noise": noise,
+        "v": (1 - s) * noise - s * embedded,
+        "velocity": noise - embedded,
+        "score": -noise / s,
+    }
+    found = getattr(sf.DenoisingTarget(process)(embedded, x_t, t, noise=noise), view)
+    one, other = (
+        torch.autograd.grad((x_t.sin() - y).square().sum(), embedded, retain_graph=True) for y in (found, usual[view])
+    )
+    torch.testing.assert_close(one, other)
+    for references, index in ((sf.InBatch(), None), (sf.Pool(embedded.detach()), torch.arange(16))):
+        with pytest.raises(ValueError, match=r"x0 requires a gradient.*x0\.detach\(\).*DenoisingTarget"):
+            sf.StableTarget(process, references=references)(embedded, x_t, t, index=index, noise=noise)
+
+
+def test_a_trained_process_gets_the_gradient_of_the_usual_loop_or_an_error(rng: torch.Generator) -> None:
+    process = Learned()
+    x0, noise, t = torch.randn(16, 3, generator=rng), torch.randn(16, 3, generator=rng), torch.full((16,), 0.5)
+    x_t = process.perturb(x0, t, noise)
+    target = sf.DenoisingTarget(process)(x0, x_t, t, noise=noise)
+    found = torch.autograd.grad(target.v.sum(), process.scale)[0]
+    torch.testing.assert_close(found, -0.5 * x0.sum())  # v = alpha noise - scale t x0
+    stable = sf.StableTarget(process, references=sf.InBatch())
+    with pytest.raises(ValueError, match=r"sigma requires a gradient.*the parameters of Learned"):
+        stable(x0, x_t, t)
+    with torch.no_grad():
+        target = stable(x0, x_t, t)
+    assert not any(getattr(target, view).requires_grad for view in VIEWS)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks at it on its way out
+def test_a_compiled_call_rejects_a_trained_encoder(rng: torch.Generator) -> None:
+    process, encoder = sf.RectifiedFlow(), torch.nn.Linear(3, 3)
+    stable = sf.StableTarget(process, references=sf.InBatch())
+    y, noise, t = torch.randn(8, 3, generator=rng), torch.randn(8, 3, generator=rng), torch.full((8,), 0.5)
+
+    def velocity(detach: bool) -> Tensor:
+        x0 = encoder(y).detach() if detach else encoder(y)
+        return stable(x0, process.perturb(x0, t, noise), t, noise=noise).velocity
+
+    compiled = torch.compile(velocity, backend="eager")
+    torch.testing.assert_close(compiled(True), velocity(True))
+    with pytest.raises(Exception, match="x0 requires a gradient"):  # a ValueError, or the compiler's error around it
+        compiled(False)

@@ -110,7 +110,6 @@ class StableTarget:
             if value is not None:
                 whole_number(name, value, 1)
 
-    @torch.no_grad()
     def __call__(
         self,
         x0: Tensor,
@@ -158,7 +157,8 @@ class StableTarget:
         Raises:
             TypeError: if an argument is not a tensor.
             ValueError: if shapes, dtypes or devices do not fit, data are not finite, t is outside the process's range,
-                x_t does not fit the process, x0 and t, or the references cannot be chosen.
+                x_t does not fit the process, x0 and t, or the references cannot be chosen; or if `x0` or the process would
+                get a gradient, which a stable target cannot train (`DenoisingTarget` can).
 
         Warns:
             UserWarning: once, if the rows so far were not drawn from a `Pool` as it assumes, or not flipped with probability
@@ -168,73 +168,92 @@ class StableTarget:
         t = row_values("t", t, x0)
         if t.is_floating_point() and t.dtype.itemsize < 4:
             t = t.float()  # or alpha and sigma would be rounded as well
-        alpha, sigma = scales(self.process, t)
-        check_generator("generator", generator)
-        host = host_access(x0.device)
-        for name, value in (("labels", labels), ("reference_labels", reference_labels), ("index", index)):
-            if value is not None:
-                row_numbers(name, value, x0)
         # An infinite band is DSM, even if alpha is 0 and the noise level infinite.
-        least = self._least_level
-        single = least == math.inf
-        if labels is None and not single and getattr(self.references, "labels", None) is not None:
-            raise ValueError(
-                f"labels is missing: {self.references} has a label for each sample. Pass the label of each row, or "
-                "torch.full((len(x0),), -1) for a network that sees none, or references without labels."
-            )
-        source_only = None if source_only is None else row_flags("source_only", source_only, x0)
-        mirror = None if flip is None else row_flags("flip", flip, x0, columns=True)
-        flipped = None
-        if getattr(self.references, "flipped", None) is not None:
-            flipped, mirror = flipped_rows(mirror, x0), None
-        likelihood = approximate_log_likelihood
-        if single:  # no row uses references
-            likelihood = None
-        if likelihood is not None:
-            check_callable("approximate_log_likelihood", likelihood, "log p(condition of row | reference)")
-            if not isinstance(self.references, Pool):
+        single = self._least_level == math.inf
+        alpha, sigma = scales(self.process, t.detach() if t.requires_grad and not single else t)
+        if torch.is_grad_enabled() and not single:
+            self._check_constant(x0, alpha, sigma)
+        with torch.no_grad():
+            check_generator("generator", generator)
+            host = host_access(x0.device)
+            for name, value in (("labels", labels), ("reference_labels", reference_labels), ("index", index)):
+                if value is not None:
+                    row_numbers(name, value, x0)
+            if labels is None and not single and getattr(self.references, "labels", None) is not None:
                 raise ValueError(
-                    f"approximate_log_likelihood numbers the samples of a Pool, references is {self.references}: pass "
-                    "references=Pool(data)."
+                    f"labels is missing: {self.references} has a label for each sample. Pass the label of each row, or "
+                    "torch.full((len(x0),), -1) for a network that sees none, or references without labels."
                 )
-        batch = Batch(
-            x0=x0,
-            x_t=x_t,
-            alpha=alpha,
-            sigma=sigma,
-            labels=labels,
-            reference_labels=reference_labels,
-            index=index,
-            source_only=source_only,
-            flipped=flipped,
-            mirrored=None if mirror is None else mirror[:, 0],
-        )
-        # The values that decide which rows use references, if the host may read them.
-        known = batch if host is Host.NEVER else self._checked(batch, t, noise)
-        noise_level = known.sigma / known.alpha
-        # Without noise a row can only be its source.
-        use = (noise_level >= self._levels(known, host)) & (known.sigma > 0)
-        use = use if known.source_only is None else use & ~known.source_only
-        rows = (
-            torch.zeros(0, dtype=torch.long) if single else noisiest(noise_level, use, self.capacity, generator, host)
-        )
-        # The values of a row that uses only its source.
-        zero = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
-        values = [x0, zero, zero + 1, zero + 1]
-        # A rank without own rows must still answer the others.
-        if len(rows) or isinstance(self.references, ShardedPool):
-            unflipped = replace(batch, x0=mirrored(x0, mirror), x_t=mirrored(x_t, mirror))
-            found = self._posterior(unflipped, rows, known, host, generator, likelihood)
-            rows = sent(rows, x0.device)
-            assert found.source_weight is not None
-            # If the source has all the weight, return it unchanged, without the rounding of a decoder or a flip.
-            keep = found.source_weight == 1
-            keep = keep | ~use[rows] if host is Host.NEVER else keep
-            mean = mirrored(found.mean, None if mirror is None else mirror[rows])
-            news = (mean, found.variance, found.ess, found.source_weight)
-            values = [put(old, rows, keep, new, host) for old, new in zip(values, news, strict=True)]
-        mean, variance, ess, source_weight = values
-        return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise)
+            source_only = None if source_only is None else row_flags("source_only", source_only, x0)
+            mirror = None if flip is None else row_flags("flip", flip, x0, columns=True)
+            flipped = None
+            if getattr(self.references, "flipped", None) is not None:
+                flipped, mirror = flipped_rows(mirror, x0), None
+            likelihood = approximate_log_likelihood
+            if single:  # no row uses references
+                likelihood = None
+            if likelihood is not None:
+                check_callable("approximate_log_likelihood", likelihood, "log p(condition of row | reference)")
+                if not isinstance(self.references, Pool):
+                    raise ValueError(
+                        f"approximate_log_likelihood numbers the samples of a Pool, references is {self.references}: pass "
+                        "references=Pool(data)."
+                    )
+            batch = Batch(
+                x0=x0,
+                x_t=x_t,
+                alpha=alpha,
+                sigma=sigma,
+                labels=labels,
+                reference_labels=reference_labels,
+                index=index,
+                source_only=source_only,
+                flipped=flipped,
+                mirrored=None if mirror is None else mirror[:, 0],
+            )
+            # The values that decide which rows use references, if the host may read them.
+            known = batch if host is Host.NEVER else self._checked(batch, t, noise)
+            noise_level = known.sigma / known.alpha
+            # Without noise a row can only be its source.
+            use = (noise_level >= self._levels(known, host)) & (known.sigma > 0)
+            use = use if known.source_only is None else use & ~known.source_only
+            rows = (
+                torch.zeros(0, dtype=torch.long)
+                if single
+                else noisiest(noise_level, use, self.capacity, generator, host)
+            )
+            # The values of a row that uses only its source.
+            zero = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
+            values = [x0 if single or not x0.requires_grad else x0.detach(), zero, zero + 1, zero + 1]
+            # A rank without own rows must still answer the others.
+            if len(rows) or isinstance(self.references, ShardedPool):
+                unflipped = replace(batch, x0=mirrored(x0, mirror), x_t=mirrored(x_t, mirror))
+                found = self._posterior(unflipped, rows, known, host, generator, likelihood)
+                rows = sent(rows, x0.device)
+                assert found.source_weight is not None
+                # If the source has all the weight, return it unchanged, without the rounding of a decoder or a flip.
+                keep = found.source_weight == 1
+                keep = keep | ~use[rows] if host is Host.NEVER else keep
+                mean = mirrored(found.mean, None if mirror is None else mirror[rows])
+                news = (mean, found.variance, found.ess, found.source_weight)
+                values = [put(old, rows, keep, new, host) for old, new in zip(values, news, strict=True)]
+            mean, variance, ess, source_weight = values
+            return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise, single)
+
+    def _check_constant(self, x0: Tensor, alpha: Tensor, sigma: Tensor) -> None:
+        """Check that no gradient would flow to what made the samples.
+
+        The target differs from the single sample by a term of mean 0 only for the given data and process: the two losses
+        differ by E[V], whose gradient in the data or the process is not 0.
+        """
+        for name, value in (("x0", x0), ("alpha", alpha), ("sigma", sigma)):
+            if value.requires_grad:
+                remedy = "pass x0.detach()" if value is x0 else f"detach the parameters of {self.process}"
+                raise ValueError(
+                    f"{name} requires a gradient, and a stable target is biased for what is trained to make {name}, because "
+                    f"the variance that references remove depends on it: {remedy} if this loss does not train that, and use "
+                    "DenoisingTarget(process) if it does."
+                )
 
     @property
     def _label_levels(self) -> Sequence[float] | None:

@@ -50,7 +50,8 @@ class Target:
     """A regression target in every parameterisation.
 
     It keeps x0, x_t and t of the call without copying, and computes views on access: access them before you change any of
-    these in place.
+    these in place. Views are constants, without gradients; only those of a `DenoisingTarget`, the target of the usual loop,
+    have gradients to x0, t and the process, as in that loop.
 
     Attributes:
         x0: the target for x0, shape (B, ...).
@@ -63,6 +64,7 @@ class Target:
         t: times, shape (B,).
         kernel: the noise kernel.
         given_noise: the noise in x_t, shape (B, ...), if the call received it.
+        single: whether every row uses only its source by rule, as with a `DenoisingTarget`.
     """
 
     x0: Tensor
@@ -75,11 +77,16 @@ class Target:
     t: Tensor
     kernel: PerturbationKernel = field(default_factory=GaussianKernel)
     given_noise: Tensor | None = None
+    single: bool = False
 
     def __getitem__(self, rows: slice) -> "Target":
         """The target of a part of the batch."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         return replace(self, **{name: value[rows] for name, value in values.items() if isinstance(value, Tensor)})
+
+    def _gradients(self) -> torch.set_grad_enabled:
+        # A view of a mean mixes it, a constant, with what it was made from: gradients would reach one and not the other.
+        return torch.set_grad_enabled(self.single and torch.is_grad_enabled())
 
     @property
     def source_noise(self) -> Tensor:
@@ -98,11 +105,12 @@ class Target:
         Computed as a correction of the source's noise: exactly that noise if the source has all the weight, and without the
         cancellation that a small sigma would magnify.
         """
-        ratio = self.process.alpha(self.t) / self.process.sigma(self.t)
-        gap = self.source - self.x0
-        # If sigma is 0, the ratio is infinite and the gap 0: no correction, rather than nan.
-        noise = self.source_noise
-        return torch.where(gap == 0, noise, noise + per_row(ratio, self.x0) * gap)
+        with self._gradients():
+            ratio = self.process.alpha(self.t) / self.process.sigma(self.t)
+            gap = self.source - self.x0
+            # If sigma is 0, the ratio is infinite and the gap 0: no correction, rather than nan.
+            noise = self.source_noise
+            return torch.where(gap == 0, noise, noise + per_row(ratio, self.x0) * gap)
 
     @property
     def score(self) -> Tensor:
@@ -113,13 +121,15 @@ class Target:
         """
         if not isinstance(self.kernel, GaussianKernel):
             raise ValueError(f"the score of {self.kernel} is not affine in x0: regress on x0 (or noise, v) instead.")
-        return -self.noise / per_row(self.process.sigma(self.t), self.x0)
+        with self._gradients():
+            return -self.noise / per_row(self.process.sigma(self.t), self.x0)
 
     @property
     def v(self) -> Tensor:
         """The target for v-prediction, alpha noise - sigma x0 (Salimans, Ho, ICLR 2022)."""
-        alpha, sigma = self.process.alpha(self.t), self.process.sigma(self.t)
-        return per_row(alpha, self.x0) * self.noise - per_row(sigma, self.x0) * self.x0
+        with self._gradients():
+            alpha, sigma = self.process.alpha(self.t), self.process.sigma(self.t)
+            return per_row(alpha, self.x0) * self.noise - per_row(sigma, self.x0) * self.x0
 
     @property
     def velocity(self) -> Tensor:
@@ -127,5 +137,6 @@ class Target:
 
         For time that runs from noise to data, as in torchcfm, negate it.
         """
-        alpha_dot, sigma_dot = rates(self.process, self.t)
-        return per_row(alpha_dot, self.x0) * self.x0 + per_row(sigma_dot, self.x0) * self.noise
+        with self._gradients():
+            alpha_dot, sigma_dot = rates(self.process, self.t)
+            return per_row(alpha_dot, self.x0) * self.x0 + per_row(sigma_dot, self.x0) * self.noise
