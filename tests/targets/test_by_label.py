@@ -195,13 +195,18 @@ def test_rows_with_labels_take_a_third_of_the_masked_product(
 
 @pytest.mark.usefixtures("by_label")
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_labels_that_are_changed_in_place_are_read_anew(dtype: torch.dtype, rng: torch.Generator) -> None:
+def test_a_pools_own_labels_that_are_changed_in_place_are_read_anew(dtype: torch.dtype, rng: torch.Generator) -> None:
     data, labels = torch.randn(40, 20, generator=rng), (torch.arange(40) % 4).to(dtype)
     index = torch.arange(20)
     x_t = data[:20] + torch.randn(20, 20, generator=rng)
-    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(data, labels=labels), validate_args=False)
+    pool = sf.Pool(data, labels=labels)
+    stable = sf.StableTarget(sf.EDM(), references=pool, validate_args=False)
     before = stable(data[:20], x_t, 1.0, labels[index], index)
     labels.copy_(torch.arange(40) % 5)
+    with pytest.raises(ValueError, match="the Pool has another label"):  # the pool has a copy
+        stable(data[:20], x_t, 1.0, labels[index], index)
+    assert pool.labels is not None
+    pool.labels.copy_(labels)
     found = stable(data[:20], x_t, 1.0, labels[index], index)
     fresh = sf.StableTarget(sf.EDM(), references=sf.Pool(data, labels=labels.clone()), validate_args=False)
     assert not torch.equal(found.x0, before.x0)

@@ -211,3 +211,22 @@ def test_a_capacity_with_a_generator_compiles(rng: torch.Generator) -> None:
         lambda g: stable(data[index], x_t, t, index=index, generator=g), fullgraph=True, backend="eager"
     )
     torch.testing.assert_close(call(rng).x0, stable(data[index], x_t, t, index=index).x0, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_dropped_in_place_stay_those_of_the_references(rng: torch.Generator) -> None:
+    """A loop that drops labels in the tensor of all labels; the truth by enumeration in float64."""
+    labels = torch.arange(60) % 3
+    true, data = labels.clone(), torch.randn(60, 2, generator=rng) + 4 * labels[:, None]
+    noise, index = torch.randn(60, 2, generator=rng), torch.arange(60)
+    for later in (False, True):
+        stable = sf.StableTarget(EDM, references=sf.Pool(data, labels=labels))
+        if later:  # the first call has seen the labels
+            stable(data, data + 2 * noise, 2.0, labels, index)
+        labels[torch.rand(60, generator=rng) < 0.3] = -1
+        x_t = (data + 2 * noise).double()
+        allowed = (labels[:, None] == true) | (labels[:, None] == -1)
+        logits = -torch.cdist(x_t, data.double()).square() / 8
+        truth = torch.softmax(logits.masked_fill(~allowed, -math.inf), 1) @ data.double()
+        found = stable(data, data + 2 * noise, 2.0, labels, index)
+        torch.testing.assert_close(found.x0.double(), truth, rtol=1e-4, atol=1e-4)
+        labels.copy_(true)

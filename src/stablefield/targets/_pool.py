@@ -88,7 +88,8 @@ class Pool:
             For such batches pass `weights`, which may all be 1, too.
         labels: condition of each sample, integers from 0, shape (n,), or None. A row with a label is multiplied with the
             samples of its label only; data sorted by label are then read without a copy. Give samples of unknown label a
-            separate one (such as the largest plus 1), because the fact that it is missing is information.
+            separate one (such as the largest plus 1), because the fact that it is missing is information. They are copied:
+            for other labels, make a new pool and a `StableTarget` with it.
         mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
             network does not see; the set then has 2 `size` members. Each row must be flipped with probability 1/2, whatever
             its sample: the target is biased if the rows are never flipped.
@@ -139,6 +140,8 @@ class Pool:
             raise ValueError(f"Pool size is {size}: pass 1 to the {n} samples, or None for all.")
         if labels is not None:
             check_labels(labels, n)
+            # A training loop may drop labels in place in this very tensor, which must not drop those of the references.
+            labels = labels.to(torch.long, copy=True)
         # Labels on a GPU are checked with the first batch, to avoid a wait here.
         self._unchecked_labels = labels is not None
         if labels is not None and labels.device.type == "cpu":
@@ -278,7 +281,7 @@ class Pool:
 
     @property
     def labels(self) -> Tensor | None:
-        """The condition of each sample, shape (n,), or None. Read-only: other labels need a new pool."""
+        """A copy of the given labels, int64, shape (n,), or None. Read-only: other labels need a new pool."""
         return self._labels
 
     @labels.setter
