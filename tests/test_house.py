@@ -25,7 +25,17 @@ SOURCE = ROOT / "src" / "stablefield"
 # the core's names.
 FLOORS = [
     {"_lazy"},
-    {"_shapes", "_modules", "_reading", "_regular_file", "_atomic_file", "_progress", "_wait_report", "_warning"},
+    {
+        "_shapes",
+        "_modules",
+        "_precision",
+        "_reading",
+        "_regular_file",
+        "_atomic_file",
+        "_progress",
+        "_wait_report",
+        "_warning",
+    },
     {"_memory", "_distributed"},
     {"targets"},
     {"diffusion"},
@@ -270,7 +280,17 @@ def test_the_import_brings_nothing_but_the_core():
     _, modules = timed_imports()
     assert "stablefield.targets._posterior" in modules
     rooms = {room_of(name) for name in modules if name.partition(".")[0] == "stablefield"}
-    own = {"_lazy", "_shapes", "_modules", "_reading", "_memory", "_distributed", "_wait_report", "_warning"}
+    own = {
+        "_lazy",
+        "_shapes",
+        "_modules",
+        "_precision",
+        "_reading",
+        "_memory",
+        "_distributed",
+        "_wait_report",
+        "_warning",
+    }
     assert rooms <= {"", "targets", "diffusion", "networks", "sampling"} | own
     others = {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names)
     assert others <= {"stablefield", "torch", "numpy"}

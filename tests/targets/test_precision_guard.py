@@ -1,6 +1,7 @@
 """The posterior is computed in full precision, and the user's switches are found again as they were left."""
 
 from collections.abc import Iterator
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablefield as sf
+from stablefield.targets._engine.matmul import full_precision
 
 FIELDS = ("mean", "variance", "ess", "source_weight", "log_evidence")
 
@@ -150,3 +152,42 @@ def test_tf32_and_autocast_do_not_reach_the_posterior_on_cuda(case) -> None:
         found = sf.posterior(x_t, 1.0, 4.0, y, source)
     for name in FIELDS:
         assert torch.equal(getattr(found, name), getattr(truth, name)), name
+
+
+def test_blocks_of_two_threads_that_overlap_keep_full_precision_and_the_users_switches() -> None:
+    torch.set_float32_matmul_precision("high")
+    before = switches()
+    begun, entered, left = Event(), Event(), Event()
+    seen: list[str | bool] = []
+
+    def first() -> None:
+        with full_precision(torch.device("cpu")):
+            begun.set()
+            assert entered.wait(10)
+        left.set()
+
+    def second() -> None:
+        with full_precision(torch.device("cpu")):
+            entered.set()
+            assert left.wait(10)
+            seen.extend([torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision])
+
+    threads = [Thread(target=one) for one in (first, second)]
+    threads[0].start()
+    assert begun.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["ieee", "ieee"]
+    assert switches() == before
+
+
+def test_posteriors_of_two_threads_leave_the_users_switches(case: tuple[Tensor, Tensor, Tensor]) -> None:
+    torch.set_float32_matmul_precision("high")
+    before, (x_t, y, _) = switches(), case
+    threads = [Thread(target=lambda: [sf.posterior(x_t, 1.0, 1.0, y) for _ in range(20)]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert switches() == before

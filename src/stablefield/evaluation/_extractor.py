@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stablefield._precision import CUDA_PRODUCTS, CUDNN_CONVOLUTIONS
 from stablefield._shapes import check_tensor, shape_of
 from stablefield.data._image_set import ImageSet
 
@@ -189,13 +190,5 @@ def full_precision(device: torch.device) -> Generator[None]:
 
     TensorFloat-32 convolutions, torch's default on recent GPUs, change features in the third digit.
     """
-    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # pyrefly: ignore[missing-attribute]
-    before = [setting.fp32_precision for setting in settings]
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        try:
-            for setting in settings:
-                setting.fp32_precision = "ieee"
-            yield
-        finally:
-            for setting, value in zip(settings, before, strict=True):
-                setting.fp32_precision = value
+    with CUDNN_CONVOLUTIONS, CUDA_PRODUCTS, torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield

@@ -22,6 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from stablefield._precision import CUDA_PRODUCTS, ONEDNN_PRODUCTS
 from stablefield._reading import readable
 from stablefield.targets._engine.columns import Columns
 from stablefield.targets._engine.half_product import available as half_available
@@ -57,17 +58,8 @@ def full_precision(device: torch.device) -> Generator[None]:
     restores the switches afterwards. They are torch's, per backend and for the whole process: another thread's products
     during the block have full precision, too: slower, never wrong.
     """
-    onednn = torch.backends.mkldnn.matmul  # pyrefly: ignore[missing-attribute]
-    switches = (torch.backends.cuda.matmul, onednn)
-    found = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for switch, value in zip(switches, found, strict=True):
-            switch.fp32_precision = value
+    with CUDA_PRODUCTS, ONEDNN_PRODUCTS, torch.autocast(device.type, enabled=False):
+        yield
 
 
 class Operand:
