@@ -230,3 +230,23 @@ def test_labels_dropped_in_place_stay_those_of_the_references(rng: torch.Generat
         found = stable(data, data + 2 * noise, 2.0, labels, index)
         torch.testing.assert_close(found.x0.double(), truth, rtol=1e-4, atol=1e-4)
         labels.copy_(true)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("n", "bad"), [(3, [2]), (120, [7]), (120, [7, 60]), (5000, [95]), (5000, [7]), (12, range(4, 12))]
+)
+def test_a_sample_that_is_not_finite_is_named_not_the_index(
+    n: int, bad: list[int], value: float, rng: torch.Generator
+) -> None:
+    data = torch.randn(n, 8, generator=rng)
+    data[list(bad), 3] = value
+    stable = sf.StableTarget(EDM, references=sf.Pool(data))
+    x0 = data[:2]
+    with pytest.raises(ValueError, match=rf"references\[{min(bad)}\] holds NaN or inf.*clean the data first"):
+        stable(x0, EDM.perturb(x0, 1.0, generator=rng), 1.0, index=torch.arange(2))
+    other = torch.randn(2, 8, generator=rng)
+    with pytest.raises(
+        ValueError, match=r"row 0 of x0 is not sample 0|references\[4\] holds NaN or inf"
+    ):  # still noticed
+        stable(other, EDM.perturb(other, 1.0, generator=rng), 1.0, index=torch.arange(2))

@@ -266,7 +266,7 @@ class ReferenceMatrix:
 
     @property
     def spread(self) -> Tensor:
-        """The typical deviation of a reference's numbers from the middle of the references, (); robust to a few outliers.
+        """The typical deviation of a reference's numbers from the middle of all, (); robust to a few outliers, and to NaN.
 
         The median over up to 256 references, evenly spaced, of the root mean square over their d numbers.
         """
@@ -275,7 +275,8 @@ class ReferenceMatrix:
             n = len(self)
             some = torch.arange(0, n, max(1, n // 256), device=self.device)[:256]
             rows = self.rows(some, self.dtype)
-            self._spread = (rows - rows.median(0).values).square_().mean(1).sqrt_().median()
+            # NaN has no part in it: the posterior names the reference, here it would make every row another sample.
+            self._spread = (rows - rows.nanmedian(0).values).square_().mean(1).sqrt_().nanmedian()
         return self._spread
 
     def norms(self, dtype: torch.dtype) -> Norms:
