@@ -28,6 +28,7 @@ __all__ = [
     "check_labels",
     "check_numbers",
     "check_tensor",
+    "drawn_by",
     "either",
     "flag",
     "found_device",
@@ -271,6 +272,14 @@ def check_generator(name: str, value: Any) -> None:
     """
     if value is not None and not isinstance(value, torch.Generator):
         raise TypeError(f"{name} is {_a(value)}: pass a torch.Generator, such as torch.Generator().manual_seed(0).")
+
+
+def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
+    """The keyword of torch's random functions for a generator; none for torch's global one.
+
+    A compiled function whose shapes vary cannot pass `generator=None`.
+    """
+    return {} if generator is None else {"generator": generator}
 
 
 def check_floating_dtype(name: str, value: Any) -> TypeGuard[torch.dtype]:

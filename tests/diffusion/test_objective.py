@@ -3,12 +3,13 @@
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.special
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import stablefield as sf
 from stablefield.diffusion._noise_levels import NoiseLevels
@@ -868,3 +869,61 @@ def test_what_the_target_refuses_is_refused():
     for bad in (x0[:0], x0[:, 0]):
         with pytest.raises(ValueError, match="x0 has shape"):
             sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()))(identity, bad)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"noise_levels": sf.LogNormal(stratified=True)},
+        {"label_dropout": 0.3},
+        {"draws_per_image": 2, "antithetic": True},
+    ],
+    ids=str,
+)
+def test_a_compiled_objective_takes_a_smaller_last_batch(options: dict[str, Any], rng: torch.Generator) -> None:
+    process, data = sf.EDM(), torch.randn(24, 3, generator=rng)
+    labels = torch.arange(24) % 3 if options.get("label_dropout") else None
+    pool = sf.Pool(data, labels=labels)
+    objective = sf.Objective(process, target=sf.StableTarget(process, references=pool), **options)
+
+    def loss(index: Tensor) -> Tensor:
+        seen = None if labels is None else labels[index]
+        return objective(lambda x, sigma, *_: x.sin() + sigma[:, None], data[index], seen, index).row_loss
+
+    compiled = torch.compile(loss, backend="eager")
+    for size in (8, 8, 4, 6):
+        index = torch.randperm(24, generator=rng)[:size]
+        torch.manual_seed(size)
+        found = compiled(index)
+        torch.manual_seed(size)
+        torch.testing.assert_close(found, loss(index))
+
+
+def test_a_compiled_perturbation_takes_a_smaller_last_batch() -> None:
+    process, kernel = sf.VP(), sf.StudentTKernel(8.0)
+
+    def noisy(x0: Tensor) -> Tensor:
+        return process.perturb(x0, 0.5) + process.perturb(x0, 0.5, kernel.noise(x0))
+
+    compiled = torch.compile(noisy, backend="eager")
+    for size in (8, 8, 4, 6):
+        torch.manual_seed(size)
+        found = compiled(torch.zeros(size, 3))
+        torch.manual_seed(size)
+        torch.testing.assert_close(found, noisy(torch.zeros(size, 3)))
+
+
+def test_draws_without_a_generator_are_those_of_torchs_own(rng: torch.Generator) -> None:
+    """The same numbers from the same seed, whether the generator is named or is the global one."""
+    process = sf.EDM()
+    levels = sf.LogNormal(stratified=True)
+    objective = sf.Objective(process, noise_levels=levels, target=sf.DenoisingTarget(process), label_dropout=0.3)
+    torch.manual_seed(3)
+    found = objective.draw((6, 4), labelled=True)
+    named = objective.draw((6, 4), torch.Generator().manual_seed(3), labelled=True)
+    assert torch.equal(found.t, named.t)
+    assert torch.equal(found.noise, named.noise)
+    assert found.hidden is not None
+    assert named.hidden is not None
+    assert torch.equal(found.hidden, named.hidden)

@@ -13,7 +13,16 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from stablefield._shapes import as_device, check_generator, check_kind, check_numbers, check_tensor, flag, whole_number
+from stablefield._shapes import (
+    as_device,
+    check_generator,
+    check_kind,
+    check_numbers,
+    check_tensor,
+    drawn_by,
+    flag,
+    whole_number,
+)
 from stablefield.diffusion._process import Process
 
 __all__ = ["LogNormal", "LogUniform", "NoiseLevels", "Uniform", "times_at", "uniform_numbers"]
@@ -156,9 +165,9 @@ def uniform_numbers(levels: NoiseLevels, batch: int, generator: torch.Generator 
     source = torch.device("cpu") if generator is None else generator.device
     # float64: a float32 uniform is exactly 0 once in 17 million rows, for a noise level of 0 or infinity.
     wide = torch.float32 if source.type == "mps" else torch.float64
-    u = torch.rand(batch, generator=generator, dtype=wide, device=source)
+    u = torch.rand(batch, **drawn_by(generator), dtype=wide, device=source)
     if levels.stratified:
-        u = (torch.randperm(batch, generator=generator, device=source) + u) / batch
+        u = (torch.randperm(batch, **drawn_by(generator), device=source) + u) / batch
     return u
 
 

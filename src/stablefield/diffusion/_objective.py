@@ -25,6 +25,7 @@ from stablefield._shapes import (
     check_kind,
     check_labels,
     check_tensor,
+    drawn_by,
     flag,
     number,
     per_row,
@@ -286,10 +287,10 @@ class Objective:
                 f"the noise levels drawn run from {level.min():g} to {level.max():g}: they must be positive and finite; "
                 f"change the range of {self.noise_levels}."
             )
-        noise = torch.randn(count, *shape[1:], dtype=dtype, generator=generator, device=source).to(device)
+        noise = torch.randn(count, *shape[1:], dtype=dtype, **drawn_by(generator), device=source).to(device)
         hidden = None
         if labelled and self.label_dropout > 0:
-            hidden = torch.rand(count, generator=generator, device=source).to(device) < self.label_dropout
+            hidden = torch.rand(count, **drawn_by(generator), device=source).to(device) < self.label_dropout
         if self.antithetic:
             t, noise = t.repeat_interleave(2), torch.stack([noise, -noise], 1).flatten(0, 1)
             hidden, weight = (None if value is None else value.repeat_interleave(2) for value in (hidden, weight))

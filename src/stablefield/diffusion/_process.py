@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stablefield._reading import readable
-from stablefield._shapes import check_generator, check_kind, check_numbers, check_tensor, per_row, row_values
+from stablefield._shapes import check_generator, check_kind, check_numbers, check_tensor, drawn_by, per_row, row_values
 
 __all__ = ["EDM", "VE", "VP", "Cosine", "Process", "RectifiedFlow", "rates", "scales"]
 
@@ -92,7 +92,7 @@ class Process(ABC):
             )
         check_generator("generator", generator)
         if noise is None:
-            noise = torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, generator=generator)
+            noise = torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, **drawn_by(generator))
         else:
             check_tensor("noise", noise)
             if noise.shape != x0.shape or noise.device != x0.device or noise.is_complex():

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stablefield._shapes import check_generator, check_tensor, number
+from stablefield._shapes import check_generator, check_tensor, drawn_by, number
 
 __all__ = ["GaussianKernel", "PerturbationKernel", "StudentTKernel"]
 
@@ -88,9 +88,9 @@ class StudentTKernel:
         """
         check_tensor("like", like, floating=True, batch=True)
         check_generator("generator", generator)
-        normal = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+        normal = torch.randn(like.shape, dtype=like.dtype, device=like.device, **drawn_by(generator))
         shape = torch.full((like.shape[0],), 0.5 * self.dof, dtype=torch.float64, device=like.device)
         # torch's gamma sampler is the only chi-square that takes a generator.
-        chi_square = 2 * torch._standard_gamma(shape, generator=generator)
+        chi_square = 2 * torch._standard_gamma(shape, **drawn_by(generator))
         scale = torch.sqrt(self.dof / chi_square).to(like.dtype)
         return normal * scale.reshape(-1, *(1,) * (like.ndim - 1))
