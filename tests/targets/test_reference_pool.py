@@ -1,5 +1,7 @@
 """A pool always holds every source, holds no sample twice, and draws the others uniformly."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,3 +126,38 @@ def test_norms_of_a_drawn_bank_are_those_of_its_rows(rng: torch.Generator) -> No
         truth = sf.posterior(x_t, 1.0, 0.7, members)
         torch.testing.assert_close(found.x0, truth.mean, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.variance, truth.variance, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"size": 64}, {"mirrored": True}, {"weights": torch.full((300,), 2.0)}, {"labels": torch.arange(300) % 3}],
+    ids=lambda options: next(iter(options), "whole"),
+)
+def test_a_first_call_in_inference_mode_leaves_later_ones_the_same(
+    options: dict[str, Any], rng: torch.Generator
+) -> None:
+    data = torch.randn(300, 4, generator=rng)
+    calls = []
+    for _ in range(90):  # more than four draws of each sample, for all comparisons
+        index, flip = torch.randint(300, (16,), generator=rng), torch.rand(16, generator=rng) < 0.5
+        x0 = torch.where(flip[:, None], data[index].flip(-1), data[index]) if "mirrored" in options else data[index]
+        call = {"x0": x0, "x_t": sf.EDM().perturb(x0, 1.0, generator=rng), "t": 1.0, "index": index}
+        call |= {"flip": flip} if "mirrored" in options else {}
+        calls.append(call | ({"labels": options["labels"][index]} if "labels" in options else {}))
+    inside, outside = (sf.StableTarget(sf.EDM(), references=sf.Pool(data, **options)) for _ in range(2))
+    for number, call in enumerate(calls):
+        drawn = torch.Generator().manual_seed(number)
+        with torch.inference_mode(number % 3 == 0):
+            found = inside(**call, generator=drawn)
+        truth = outside(**call, generator=torch.Generator().manual_seed(number))
+        assert torch.equal(found.x0, truth.x0)
+
+
+def test_latents_of_a_pool_made_in_inference_mode_are_drawn_anew_outside(rng: torch.Generator) -> None:
+    mean, std = torch.randn(6, 4, generator=rng), torch.ones(6, 4)
+    with torch.inference_mode():
+        pool = sf.Pool.from_moments(mean, std)
+    pool.refresh(3)
+    other = sf.Pool.from_moments(mean, std)
+    other.refresh(3)
+    assert torch.equal(torch.as_tensor(pool.data), torch.as_tensor(other.data))

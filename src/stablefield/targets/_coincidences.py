@@ -43,6 +43,7 @@ class Coincidences:
         labels: label of each sample, numbered from 0, (n,), or None.
     """
 
+    @torch.inference_mode(False)  # or later calls could not count in place
     def __init__(self, weights: Tensor, labels: Tensor | None) -> None:
         n, self._weights, self._labels = len(weights), weights, labels
         kinds = 1 if labels is None else 2

@@ -61,6 +61,7 @@ class Frequencies:
         name: makes a sample's name from its index.
     """
 
+    @torch.inference_mode(False)  # or later calls could not count in place
     def __init__(
         self,
         weights: Tensor,
@@ -263,6 +264,7 @@ class Draws:
         device: the device of the batches.
     """
 
+    @torch.inference_mode(False)  # or later calls could not count in place
     def __init__(
         self,
         shares: Shares,

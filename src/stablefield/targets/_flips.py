@@ -33,6 +33,7 @@ class Flips:
         count: number of samples.
     """
 
+    @torch.inference_mode(False)  # or later calls could not count in place
     def __init__(self, count: int) -> None:
         # Sums over the batches of each sample's flipped rows less its others, of the squares of this, and of its rows.
         self._sums = torch.zeros(3, count, dtype=torch.long)

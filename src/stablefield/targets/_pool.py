@@ -217,7 +217,8 @@ class Pool:
         moments = [Moments(mean, std)]
         if flipped_mean is not None and flipped_std is not None:
             moments.append(Moments(flipped_mean, flipped_std))
-        data = [torch.empty(one.mean.shape, dtype=dtype, device=one.device) for one in moments]
+        with torch.inference_mode(False):  # or `refresh` could not draw in place
+            data = [torch.empty(one.mean.shape, dtype=dtype, device=one.device) for one in moments]
         flipped = data[1] if len(data) == 2 else None
         pool = cls(
             data[0],

@@ -41,6 +41,7 @@ class Spread:
         labels: label of each sample, (n,), or None.
     """
 
+    @torch.inference_mode(False)  # or later calls could not count in place
     def __init__(self, n: int, size: int, labels: Tensor | None) -> None:
         self._n, self._size, self._by_label = n, size, labels is not None
         places = [torch.arange(n)]
