@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stablefield.networks._blocks import self_attention
-from stablefield.networks._embedding import FourierEmbedding, PositionalEmbedding
+from stablefield.networks._embedding import FourierEmbedding, PositionalEmbedding, class_numbers, class_vectors
 from stablefield.networks._layers import group_norm
 from stablefield.networks._resample import ConvDown2d, downsample, resampling_filter, upsample
 
@@ -133,3 +133,11 @@ def test_groups_are_a_quarter_of_the_channels_and_at_most_32(channels, groups):
 def test_channels_that_do_not_divide_into_groups_are_refused(channels):
     with pytest.raises(ValueError, match=f"{channels} channels"):
         group_norm(channels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_unsigned_class_labels_are_those_of_int64(dtype: torch.dtype) -> None:
+    """The class 255 has the bits of -1, no class, in a uint8."""
+    labels, x = torch.tensor([0, 254, 255]), torch.zeros(3, 1, 2, 2)
+    assert torch.equal(class_vectors(labels.to(dtype), 256, x), torch.eye(256)[labels])
+    assert torch.equal(class_numbers(labels.to(dtype), 256, x)[0], labels)

@@ -240,3 +240,25 @@ def test_a_posterior_without_sources_goes_by_label_and_names_the_row_that_has_no
     given[3] = 7
     with pytest.raises(ValueError, match=r"no reference may serve row 3 \(label 7\)"):
         sf.posterior(call["x_t"], 1.0, 2.0, data, labels=given, reference_labels=labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_unsigned_labels_and_indices_are_those_of_int64(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """The largest label is 255, whose bits in a uint8 are those of -1, a dropped label."""
+    labels, data = torch.tensor([0, 254, 255]).repeat(10), torch.randn(30, 4, generator=rng)
+    x_t, index = data + 2 * torch.randn(30, 4, generator=rng), torch.arange(30)
+    for references in (sf.Pool(data, labels=labels.to(dtype)), sf.Pool(data, 30, labels.to(dtype)), sf.InBatch()):
+        truth = sf.Pool(data, labels=labels) if isinstance(references, sf.Pool) else references
+        given = (labels, index) if isinstance(references, sf.Pool) else (labels, None)
+        found = sf.StableTarget(sf.EDM(), references=references)(
+            data,
+            x_t,
+            2.0,
+            *(None if one is None else one.to(dtype) for one in given),
+            reference_labels=labels.to(dtype),
+        )
+        expected = sf.StableTarget(sf.EDM(), references=truth)(data, x_t, 2.0, *given, reference_labels=labels)
+        torch.testing.assert_close(found.x0, expected.x0)
+        assert found.ess.max() <= 10 + 1e-4
+    found = sf.posterior(x_t, 1.0, 2.0, data, index.to(dtype), labels.to(dtype), labels.to(dtype))
+    torch.testing.assert_close(found.mean, sf.posterior(x_t, 1.0, 2.0, data, index, labels, labels).mean)

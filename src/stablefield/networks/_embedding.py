@@ -99,7 +99,7 @@ def class_vectors(labels: Tensor | None, classes: int, x: Tensor) -> Tensor:
     """
     if labels is None:
         return x.new_zeros(x.shape[0], classes)
-    _check_place(labels, x)
+    labels = _placed(labels, x)
     if labels.is_floating_point():
         if labels.shape != (x.shape[0], classes):
             raise ValueError(
@@ -128,15 +128,17 @@ def class_numbers(labels: Tensor | None, classes: int, x: Tensor) -> tuple[Tenso
     """
     if labels is None:
         return torch.full(x.shape[:1], classes, dtype=torch.long, device=x.device), None
-    _check_place(labels, x)
+    labels = _placed(labels, x)
     valid = _valid(labels, classes, x)
     return torch.where(valid & (labels >= 0), labels, classes).long(), valid
 
 
-def _check_place(labels: Tensor, x: Tensor) -> None:
+def _placed(labels: Tensor, x: Tensor) -> Tensor:
+    """The labels, which are on the device of the images, signed: torch takes a uint8 of 255 for -1."""
     if labels.device != x.device:
         raise ValueError(f"class_labels is on {labels.device}, but the images are on {x.device}: move one of them.")
     check_tensor("class_labels", labels)
+    return labels.long() if is_integer(labels.dtype) and not labels.dtype.is_signed else labels
 
 
 def _valid(labels: Tensor, classes: int, x: Tensor, other: str = "") -> Tensor:

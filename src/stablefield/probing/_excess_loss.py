@@ -278,7 +278,7 @@ class ExcessLoss:
                 f"labels has shape {tuple(labels.shape)}, but this ExcessLoss was made without labels, so its floor is that "
                 "of all samples for every row: leave labels out, or pass the classes, ExcessLoss(data, labels=...)."
             )
-        labels = labels.detach().cpu()
+        labels = labels.detach().cpu().long()
         if bool((labels < -1).any()):
             raise ValueError(f"labels holds {int(labels.min())}: pass classes from 0, and -1 for a dropped label.")
         return labels == -1

@@ -81,7 +81,7 @@ def to_host(given: Sequence[Tensor], optional: Sequence[Tensor | None]) -> tuple
 
 
 def row_numbers(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """Check that the argument `name` is one integer per row of the batch `x` (B, ...), and return it.
+    """Check that the argument `name` is one integer per row of the batch `x` (B, ...), and return it, signed.
 
     Raises:
         TypeError: if it is not a tensor.
@@ -94,7 +94,8 @@ def row_numbers(name: str, value: Tensor, x: Tensor) -> Tensor:
         )
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}, the batch is on {x.device}: move one of them.")
-    return value
+    # torch compares few unsigned numbers, and takes a uint8 of 255 for -1.
+    return value if value.dtype.is_signed else value.long()
 
 
 def row_flags(name: str, value: Tensor, x0: Tensor, columns: bool = False) -> Tensor:

@@ -176,9 +176,10 @@ class StableTarget:
         with torch.no_grad():
             check_generator("generator", generator)
             host = host_access(x0.device)
-            for name, value in (("labels", labels), ("reference_labels", reference_labels), ("index", index)):
-                if value is not None:
-                    row_numbers(name, value, x0)
+            labels, reference_labels, index = (
+                None if value is None else row_numbers(name, value, x0)
+                for name, value in (("labels", labels), ("reference_labels", reference_labels), ("index", index))
+            )
             if labels is None and not single and getattr(self.references, "labels", None) is not None:
                 raise ValueError(
                     f"labels is missing: {self.references} has a label for each sample. Pass the label of each row, or "
