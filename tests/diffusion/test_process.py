@@ -1,6 +1,8 @@
 """Processes: derivatives, inverses, identities and accuracy, each against something that is not the code."""
 
 import math
+import re
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -318,3 +320,133 @@ def test_the_discrete_process_has_no_derivative() -> None:
     for name in ("alpha_dot", "sigma_dot"):
         with pytest.raises(ValueError, match="no time derivative: regress on noise"):
             getattr(sf.Discrete(ddpm()), name)(torch.tensor([3]))
+
+
+# --- processes of the user's own --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Circle(sf.Process):
+    """On a quarter circle, from noise to data; with mistakes to choose from."""
+
+    rate: float = math.pi / 2
+    """Of the derivatives; right is pi / 2."""
+    spread: float = 1.0
+    """Divides the noise level in `time`; right is 1."""
+    bounded: bool = True
+    """Whether it states its range."""
+    narrow: bool = False
+    """Whether it computes in float32."""
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        return (0.0, 1.0) if self.bounded else (-math.inf, math.inf)
+
+    def _angle(self, t: Tensor) -> Tensor:
+        return math.pi / 2 * (t.float() if self.narrow else t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(self._angle(t)).to(t.dtype)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.cos(self._angle(t)).to(t.dtype)
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return self.rate * self.sigma(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return -self.rate * self.alpha(t)
+
+    def time(self, noise_level: Tensor) -> Tensor:
+        return 2 / math.pi * torch.atan(self.spread / noise_level)
+
+
+@dataclass(frozen=True)
+class Piecewise(sf.Process):
+    """alpha = 1, and sigma linear between knots, or a table of steps."""
+
+    stepwise: bool = False
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        if self.stepwise:
+            return 0.1 + (t * 1000).round() / 500
+        return torch.where(t < 0.5, 0.1 + t, 0.6 + 4 * (t - 0.5))
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, 2) if self.stepwise else torch.where(t < 0.5, torch.ones_like(t), 4)
+
+    def time(self, noise_level: Tensor) -> Tensor:
+        if self.stepwise:
+            return (noise_level - 0.1) / 2
+        return torch.where(noise_level < 0.6, noise_level - 0.1, 0.5 + (noise_level - 0.6) / 4)
+
+
+def velocity(process: sf.Process, rng: torch.Generator) -> Tensor:
+    x0, t = torch.randn(16, 3, generator=rng), torch.linspace(0.1, 0.9, 16)
+    return sf.StableTarget(process, references=sf.InBatch())(x0, process.perturb(x0, t, generator=rng), t).velocity
+
+
+def objective_of(process: sf.Process) -> sf.Objective:
+    return sf.Objective(process, target=sf.DenoisingTarget(process))
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_derivatives_that_are_none_are_refused_at_the_first_velocity(bounded: bool, rng: torch.Generator) -> None:
+    process = Circle(rate=1.0, bounded=bounded)
+    for _ in range(2):  # also at the second try
+        with pytest.raises(
+            ValueError, match=r"alpha_dot of Circle.* at t = .*grows by .*derivative of alpha"
+        ) as caught:
+            velocity(process, rng)
+    given, t, expected = (float(number) for number in re.findall(r"(?:is|t =|by) (\d\.\d+)", str(caught.value)))
+    assert given == pytest.approx(math.cos(math.pi / 2 * t), rel=1e-3)
+    assert expected == pytest.approx(math.pi / 2 * given, rel=1e-3)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_times_that_are_no_inverse_are_refused_at_the_first_draw(bounded: bool) -> None:
+    objective = objective_of(Circle(spread=2.0, bounded=bounded))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"time of Circle.* for the noise level .*sigma / alpha is .* there"):
+            objective.draw((16, 3))
+    with pytest.raises(ValueError, match="time of Circle"):
+        sf.LogUniform().sample(Circle(spread=1.1, bounded=bounded), 64)
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        Circle(),
+        Circle(bounded=False),
+        Circle(narrow=True),
+        Circle(bounded=False, narrow=True),
+        Piecewise(),
+        Piecewise(True),
+    ],
+    ids=repr,
+)
+def test_right_processes_are_not_accused(process: sf.Process, rng: torch.Generator) -> None:
+    assert velocity(process, rng).isfinite().all()
+    assert objective_of(process).noise_levels.sample(process, 64, rng).isfinite().all()
+    assert process == type(process)(**asdict(process))
+
+
+def test_a_users_process_is_compared_once(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, calls = Circle(), []
+    monkeypatch.setattr(Circle, "alpha", lambda self, t: calls.append(t.dtype) or torch.sin(self._angle(t)))
+    for _ in range(2):
+        velocity(process, rng)
+        objective_of(process).draw((16, 3))
+    first = calls.count(torch.float64)
+    velocity(process, rng)
+    assert calls.count(torch.float64) == first
