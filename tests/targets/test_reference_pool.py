@@ -1,5 +1,6 @@
 """A pool always holds every source, holds no sample twice, and draws the others uniformly."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -161,3 +162,49 @@ def test_latents_of_a_pool_made_in_inference_mode_are_drawn_anew_outside(rng: to
     other = sf.Pool.from_moments(mean, std)
     other.refresh(3)
     assert torch.equal(torch.as_tensor(pool.data), torch.as_tensor(other.data))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["whole", "size", "labels", "label_size", "mirrored", "flipped", "weights", "drawn", "array", "bytes", "batch"],
+)
+def test_a_default_device_that_is_not_the_datas_changes_nothing(kind: str, rng: torch.Generator) -> None:
+    """The device "meta" stands for a GPU: what lands on it cannot meet data on the CPU."""
+    data, labels, flips = (
+        torch.randn(40, 4, generator=rng),
+        torch.arange(40) % 3,
+        torch.rand(90, 16, generator=rng) < 0.5,
+    )
+    pixels = torch.randint(256, (40, 4), generator=rng, dtype=torch.uint8)
+    made: dict[str, Callable[[], sf.Pool | sf.InBatch]] = {
+        "whole": lambda: sf.Pool(data),
+        "size": lambda: sf.Pool(data, 30),
+        "labels": lambda: sf.Pool(data, labels=labels),
+        "label_size": lambda: sf.Pool(data, labels=labels, label_size=5, unlabelled_size=20),
+        "mirrored": lambda: sf.Pool(data, mirrored=True),
+        "flipped": lambda: sf.Pool(data, flipped=data + 1),
+        "weights": lambda: sf.Pool(data, weights=torch.ones(40, device="cpu")),
+        "drawn": lambda: sf.Pool(data, 20, weights=torch.ones(40, device="cpu")),
+        "array": lambda: sf.Pool(data.numpy()),
+        "bytes": lambda: sf.Pool(pixels),
+        "batch": sf.InBatch,
+    }
+    calls = []
+    for flip in flips:  # enough draws for all comparisons
+        index = torch.randint(40, (16,), generator=rng)
+        x0 = pixels[index] / 127.5 - 1 if kind == "bytes" else data[index]
+        call = {"index": index} | ({"labels": labels[index].masked_fill(flip, -1)} if "label" in kind else {})
+        if kind in ("mirrored", "flipped"):
+            call["flip"] = flip
+            x0 = torch.where(flip[:, None], x0.flip(-1) if kind == "mirrored" else x0 + 1, x0)
+        calls.append(call | {"x0": x0, "x_t": sf.EDM().perturb(x0, 1.0, generator=rng)})
+
+    def found() -> list[Tensor]:
+        stable = sf.StableTarget(sf.EDM(), references=made[kind](), noise_band=0.1, capacity=12)
+        draws = torch.Generator("cpu").manual_seed(0)
+        return [stable(**call, t=1.0, generator=draws).noise for call in calls]
+
+    plain = found()
+    with torch.device("meta"):
+        elsewhere = found()
+    assert all(torch.equal(one, other) for one, other in zip(plain, elsewhere, strict=True))

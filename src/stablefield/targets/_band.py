@@ -149,7 +149,7 @@ def pick_noise_band(
     generator = generator or torch.Generator().manual_seed(0)
     weights = None if pool.weights is None else pool.weights.cpu().double()
     # Samples of weight 0 are never references.
-    possible = torch.arange(n) if weights is None else weights.nonzero()[:, 0]
+    possible = torch.arange(n, device="cpu") if weights is None else weights.nonzero()[:, 0]
     count = len(possible)
     if count == 0:
         raise ValueError("the Pool's weights are all 0: probe the shard of a rank whose samples can be drawn.")
@@ -260,12 +260,14 @@ def _drawn(n: int, weights: Tensor | None, rows: int, generator: torch.Generator
     device = generator.device
     if weights is None:
         index = torch.randperm(n, generator=generator, device=device)[:rows].cpu()
-        return index, torch.full((len(index),), 1 / len(index), dtype=torch.float64)
+        return index, torch.full((len(index),), 1 / len(index), dtype=torch.float64, device="cpu")
     if n <= rows:
-        return torch.arange(n), weights / weights.sum()
+        return torch.arange(n, device="cpu"), weights / weights.sum()
     reached = weights.cumsum(0)
     start = torch.rand(1, generator=generator, device=device, dtype=torch.float64).cpu()
-    drawn = torch.searchsorted(reached, (torch.arange(rows) + start) / rows * reached[-1], right=True).clamp(max=n - 1)
+    drawn = torch.searchsorted(
+        reached, (torch.arange(rows, device="cpu") + start) / rows * reached[-1], right=True
+    ).clamp(max=n - 1)
     index, times = drawn.unique(return_counts=True)
     return index, times / times.sum().double()
 
@@ -312,7 +314,7 @@ def _count(
             if which == 0:
                 one = torch.where(torch.arange(where.start, where.stop, device=matrix.device) == index[:, None], 0, one)
             counts.scatter_add_(1, place, one)
-    octaves = torch.arange(bins, dtype=torch.float64) / _BINS_PER_OCTAVE - _BELOW
+    octaves = torch.arange(bins, dtype=torch.float64, device="cpu") / _BINS_PER_OCTAVE - _BELOW
     distances = (size * 2.0**octaves).sqrt()
     distances[0] = 0
     return counts.cpu().double(), distances
@@ -344,7 +346,7 @@ def _level(counts: Tensor, distances: Tensor, shares: Tensor, tolerance: float) 
 def _table() -> Tensor:
     """S at the ratios 2^(k / 2 bins per octave), for k from -K to K."""
     most = (_BELOW + _ABOVE) * _BINS_PER_OCTAVE + 2 * _MARGIN
-    return _beside(2.0 ** (torch.arange(-most, most + 1, dtype=torch.float64) / (2 * _BINS_PER_OCTAVE)))
+    return _beside(2.0 ** (torch.arange(-most, most + 1, dtype=torch.float64, device="cpu") / (2 * _BINS_PER_OCTAVE)))
 
 
 def _lost(counts: Tensor, distances: Tensor, shares: Tensor, level: float) -> float:
@@ -355,7 +357,7 @@ def _lost(counts: Tensor, distances: Tensor, shares: Tensor, level: float) -> fl
 
 def _beside(ratio: Tensor) -> Tensor:
     """S at the ratios (bins,), by the trapezoidal rule, which is exact up to rounding for such smooth functions."""
-    z = torch.linspace(-8, 8, 257, dtype=torch.float64)
+    z = torch.linspace(-8, 8, 257, dtype=torch.float64, device="cpu")
     density = torch.exp(-z.square() / 2) * ((z[1] - z[0]) / math.sqrt(2 * math.pi))
     # Beyond 30 the weight is below 1e-49, and the grid is too coarse for it.
     ratio = ratio.clamp(max=30)

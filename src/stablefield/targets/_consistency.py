@@ -238,7 +238,7 @@ def consistency_checks(
     correlation = Correlation() if correlation is None else correlation
     along, variance = float(cosine.sum()) * math.sqrt(d), float(comparable.sum() * repeats)
     spreads = correlation.add(along, variance, len(x0), float(drawn.sum()))
-    checks.append(Check(torch.tensor([not abs(spreads) > _SPREADS]), lambda _: _pairing_message(spreads)))
+    checks.append(Check(torch.tensor([not abs(spreads) > _SPREADS], device="cpu"), lambda _: _pairing_message(spreads)))
     return checks
 
 

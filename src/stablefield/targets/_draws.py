@@ -234,7 +234,7 @@ class Shares:
     @classmethod
     def gathered(cls, ranks: Ranks, labels: Tensor | None, weights: Tensor, device: torch.device) -> "Shares":
         """Collect them over all ranks; each passes the labels (n_r,) of its shard, or None, and their weights (n_r,)."""
-        labels = torch.zeros(len(weights), dtype=torch.long) if labels is None else labels.long()
+        labels = torch.zeros(len(weights), dtype=torch.long, device="cpu") if labels is None else labels.long()
         weights = weights.to(device, wide_dtype(device))
         distinct: Tensor
         kind: Tensor

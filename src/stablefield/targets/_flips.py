@@ -36,7 +36,7 @@ class Flips:
     @torch.inference_mode(False)  # or later calls could not count in place
     def __init__(self, count: int) -> None:
         # Sums over the batches of each sample's flipped rows less its others, of the squares of this, and of its rows.
-        self._sums = torch.zeros(3, count, dtype=torch.long)
+        self._sums = torch.zeros(3, count, dtype=torch.long, device="cpu")
         self._drawn = 0
         # A loader that reads the samples and then the flipped ones needs two passes until the share is 1/2.
         self._next = _FIRST * count
@@ -63,17 +63,17 @@ class Flips:
             return None  # the same draw, such as to accumulate gradients over draws of noise
         samples, place = torch.unique(index[counted], return_inverse=True)
         signs = 2 * flipped[counted].long() - 1
-        sums = torch.zeros(2, len(samples), dtype=torch.long).index_add_(1, place, torch.stack([signs, signs.abs()]))
+        sums = signs.new_zeros(2, len(samples)).index_add_(1, place, torch.stack([signs, signs.abs()]))
         self._sums[:, samples] += torch.stack([sums[0], sums[0].square(), sums[1]])
         self._drawn += len(place)
         if self._drawn < self._next:
             return None
         self._next = 2 * self._drawn
         if self._uneven() and self._own is None:  # it reads samples, so only now
-            self._own = torch.zeros(self._sums.shape[1], dtype=torch.bool)
+            self._own = torch.zeros(self._sums.shape[1], dtype=torch.bool, device="cpu")
             there = self._sums[2].nonzero()[:, 0]
             self._own[there] = own(there)
-        return Check(torch.tensor([not self._uneven()]), lambda _: self._message(given), warning=True)
+        return Check(torch.tensor([not self._uneven()], device="cpu"), lambda _: self._message(given), warning=True)
 
     def _totals(self) -> list[int]:
         sums = self._sums if self._own is None else self._sums[:, ~self._own]

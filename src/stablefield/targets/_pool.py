@@ -376,7 +376,7 @@ class Pool:
             ones, others = ((moments.mean, moments.std) for moments in self._moments)
         found = []
         for some in index.split(_BLOCK):
-            same = torch.ones(len(some), dtype=torch.bool)
+            same = torch.ones(len(some), dtype=torch.bool, device="cpu")
             for one, other in zip(ones, others, strict=True):
                 rows = _rows(one, some)
                 flips = rows.flip(-1) if other is None else _rows(other, some)

@@ -122,7 +122,7 @@ class ShardedPool:
         self.unlabelled_size = unlabelled_size
         self.start = sum(counts[: self._ranks.rank])
         self._weights, self._least_prior = (None, 0.0) if given is None else self._on_one_scale(given, device)
-        known = torch.ones(len(data)) if self._weights is None else self._weights
+        known = torch.ones(len(data), device="cpu") if self._weights is None else self._weights
         self._shares = Shares.gathered(self._ranks, labels, known, device)
         self._exchanges: dict[torch.device, _Exchange] = {}
         self._counts = False

@@ -44,8 +44,8 @@ class Spread:
     @torch.inference_mode(False)  # or later calls could not count in place
     def __init__(self, n: int, size: int, labels: Tensor | None) -> None:
         self._n, self._size, self._by_label = n, size, labels is not None
-        places = [torch.arange(n)]
-        counts = [torch.full((n,), n)]
+        places = [torch.arange(n, device="cpu")]
+        counts = [torch.full((n,), n, device="cpu")]
         if labels is not None:
             _, number, members = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
             order = number.argsort(stable=True)
@@ -57,7 +57,7 @@ class Spread:
         centred = (2 * torch.stack(places) + 1).double() / count - 1
         self._places = (centred / ((1 - 1 / count.double().square()) / 3).sqrt()).where(count > 1, 0).float()
         self._placed = count > 1
-        self._seen, self._came = torch.zeros(n, dtype=torch.bool), 0
+        self._seen, self._came = torch.zeros(n, dtype=torch.bool, device="cpu"), 0
         self._squares, self._batches, self._done = [0.0, 0.0], [0, 0], False
 
     def add(self, index: Tensor, labelled: Tensor | None, counted: Tensor) -> Check | None:
@@ -85,7 +85,7 @@ class Spread:
         uneven = [self._uneven(kind) for kind in range(len(kinds))]
         if not any(uneven):
             return None
-        return Check(~torch.tensor(uneven), self._message, warning=True)
+        return Check(~torch.tensor(uneven, device="cpu"), self._message, warning=True)
 
     def _square(self, index: Tensor, kind: int) -> float | None:
         """The square of z of the samples at `index` (m,) that come first; None if most have come before."""

@@ -219,7 +219,7 @@ class StableTarget:
             use = (noise_level >= self._levels(known, host)) & (known.sigma > 0)
             use = use if known.source_only is None else use & ~known.source_only
             rows = (
-                torch.zeros(0, dtype=torch.long)
+                torch.zeros(0, dtype=torch.long, device="cpu")
                 if single
                 else noisiest(noise_level, use, self.capacity, generator, host)
             )
@@ -285,7 +285,7 @@ class StableTarget:
                 "for all, such as noise_band=band.level."
             )
         # The last serves -1, and labels beyond those of the probe.
-        return torch.tensor(levels, dtype=torch.float64)[known.labels.long().clamp(max=len(levels) - 1)]
+        return torch.tensor(levels, dtype=torch.float64, device="cpu")[known.labels.long().clamp(max=len(levels) - 1)]
 
     def _checked(self, batch: Batch, t: Tensor, noise: Tensor | None) -> Batch:
         """Check all values, and return the batch with its scalars, labels, index and flags on the host.
@@ -342,7 +342,7 @@ class StableTarget:
         likelihood: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> Posterior:
         """The posterior of `rows` of the batch over the references that all of its rows form or select."""
-        device, shared, places, among = batch.x0.device, batch, torch.arange(len(batch.x0)), rows
+        device, shared, places, among = batch.x0.device, batch, torch.arange(len(batch.x0), device="cpu"), rows
         if known.source_only is not None and host is not Host.NEVER:
             # `source_only` rows differ in kind from the rest, so they serve no other row; rows below the noise band do.
             serves = ~known.source_only

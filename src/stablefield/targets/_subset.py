@@ -40,7 +40,7 @@ def drawn_seed(generator: torch.Generator | None) -> int:
 
 def drawn_subset(n: int, size: int, seed: int) -> Tensor:
     """Indices of `size` of n samples, drawn without replacement, shape (size,), on the CPU; the same for the same seed."""
-    return others(n, torch.empty(0, dtype=torch.long), size, torch.Generator().manual_seed(seed))
+    return others(n, torch.empty(0, dtype=torch.long, device="cpu"), size, torch.Generator("cpu").manual_seed(seed))
 
 
 def others(n: int, own: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

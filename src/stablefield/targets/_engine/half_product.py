@@ -71,12 +71,12 @@ def errors(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         Those of the half-precision products, and of float32's.
     """
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(64, 8192, generator=generator)
+    matrix = torch.randn(64, 8192, generator=generator, device="cpu")
     matrix[16:32] = matrix[16:32].abs()
     matrix[32:48] = 255.0
     matrix[48:64, 1:] *= 2.0**-10
     matrix = matrix.to(dtype)
-    x = torch.randn(32, 8192, generator=generator)
+    x = torch.randn(32, 8192, generator=generator, device="cpu")
     x[8:16], x[16:24] = x[8:16].abs() * 2.0**-20, 1 / 3
     x[24:] = matrix[::8].float() * 1.0001
     wide, references = x.double(), matrix.double()

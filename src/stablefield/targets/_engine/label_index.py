@@ -138,7 +138,7 @@ class LabelIndex:
             start, count = part.runs[0]
             yield from (Columns(slice(start + k, start + min(k + step, count))) for k in range(0, count, step))
             return
-        runs = torch.tensor(part.runs).to(device, non_blocking=True)
+        runs = torch.tensor(part.runs, device="cpu").to(device, non_blocking=True)
         first, counts = runs[:, 0], runs[:, 1]
         padded = any(count != width for _, count in part.runs)
         for k in range(0, width, step):

@@ -275,7 +275,7 @@ def chunks(matrix: ReferenceMatrix, size: int | None, batch: int, dtype: torch.d
     elif stay_bytes:
         # Weighted sums run over the references of a chunk.
         size = min(size, _LONGEST)
-        buffer = torch.empty(size, *matrix.data.shape[1:], dtype=torch.uint8)
+        buffer = torch.empty(size, *matrix.data.shape[1:], dtype=torch.uint8, device="cpu")
         for where, part in matrix.pages(size):
             values = torch.bitwise_xor(part, 128, out=buffer[: len(part)])
             yield where, ByteChunk(values.view(torch.int8).view(len(part), matrix.dim))
@@ -331,7 +331,7 @@ class Digits:
         count = _DIGITS * batch
         # oneDNN compiles code for every new shape, about a millisecond each: rows of zeros limit the number of shapes.
         padding = -count % max(4, 2 ** count.bit_length() // 16)
-        digits = torch.zeros(count + padding, length, dtype=torch.int8)
+        digits = torch.zeros(count + padding, length, dtype=torch.int8, device="cpu")
         for place, digit in enumerate(digits[:count].view(_DIGITS, batch, length)):
             # The lowest byte of a number, as a signed byte, is its lowest digit.
             digit.copy_(rest)
@@ -358,7 +358,7 @@ def available() -> bool:
         # torch has no public name for either.
         if not (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()):
             return False
-        extreme = torch.tensor([[-128], [127]], dtype=torch.int8).repeat(32, 256)
+        extreme = torch.tensor([[-128], [127]], dtype=torch.int8, device="cpu").repeat(32, 256)
         found = _byte_product()(extreme, extreme.T)
     except (AttributeError, RuntimeError, TypeError):
         return False

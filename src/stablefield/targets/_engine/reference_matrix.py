@@ -260,7 +260,7 @@ class ReferenceMatrix:
         elif staged:
             yield from sent_ahead(self.data, places, self.device)
         else:
-            page = torch.empty(size, *self.data.shape[1:], dtype=self.element)
+            page = torch.empty(size, *self.data.shape[1:], dtype=self.element, device="cpu")
             for where in places:
                 yield where, read_into(page[: where.stop - where.start], self.data, where)
 
@@ -384,7 +384,7 @@ def sent_ahead(
         if len(copied) == _AHEAD:
             copied.popleft().synchronize()
         shape = (where.stop - where.start, *data.shape[1:])
-        page = read_into(torch.empty(shape, dtype=element_type(data), pin_memory=True), data, where)
+        page = read_into(torch.empty(shape, dtype=element_type(data), device="cpu", pin_memory=True), data, where)
         sent = page.to(device, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))
