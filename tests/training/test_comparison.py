@@ -25,7 +25,7 @@ from stablefield.probing._population import Population
 from stablefield.report import KeyFigures
 from stablefield.training._compare import ComparisonPlan
 from stablefield.training._comparison import Comparison, summary
-from stablefield.training._comparison_page import comparison_page
+from stablefield.training._comparison_page import comparison_page, gain_texts
 from stablefield.training._model import open_model
 from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._recipes import DIGITS
@@ -382,6 +382,7 @@ def test_small_numbers_of_a_comparison_are_shown_with_their_digits() -> None:
     # Mean and standard error over the seeds: half the difference of the two.
     said = summary(outcomes_of([0.0030, 0.0045], [2.394e-6, 1.772e-6]), range(2), "FD")
     assert "2.08·10⁻⁶ ± 3.1·10⁻⁷ against 2.08·10⁻⁶ ± 3.1·10⁻⁷." in said
+    assert gain_texts([0.1, float("nan")])[0].startswith("nan%")
     outcomes = outcomes_of([0.0030, 0.0046], [1.0, 1.0])
     with empty_charts():
         page = comparison_page("x", "x", outcomes, [], {"steps": 9}, "FD", "x")

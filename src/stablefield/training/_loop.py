@@ -85,7 +85,7 @@ def _entries(who: str, found: Any) -> dict[str, float]:
             raise ValueError(
                 f"observers: {who} returned an entry named {name!r}: return a text that does not begin with bin_."
             )
-        plain = isinstance(value, bool | np.bool_ | int)
+        plain = isinstance(value, bool | np.bool_ | int | np.integer)
         entries[name] = int(value) if plain else number(f"observers: the entry {name} of {who}", value)
     return entries
 
