@@ -121,7 +121,7 @@ def evaluate(
     Raises:
         ValueError: if there are too few images for a metric, images differ in size or cannot be read, features are not
             finite, `per_class` is set and samples or real images have no classes, no metric takes `per_class` or
-            `held_out`, `held_out` is a part of the training data, or `metrics` holds several of one kind.
+            `held_out`, or `metrics` holds several of one kind.
         TypeError: if an argument has the wrong type.
         ImportError: if the extractor's package, or safetensors with a cache, is not installed.
 
@@ -228,8 +228,12 @@ def evaluate(
                 whole = replace(whole, chosen=trained, choice="without the held-out images")
                 if control is None:
                     control = ReferenceSet(images=train, split="train", chosen=outside, choice="held out")
-            if control is not None:
-                _check_copies(control, whole, ranks, given=held_out is not None)
+            if control is not None and ranks.first:
+                copied = copies(
+                    control.images.images, whole.images.images, control.rows, whole.rows, mirrored=whole.mirrored
+                )
+                which = "held_out" if held_out is not None else f"the control ({control.split} split)"
+                warn_of_copies(copied, len(control), which, "leave them out, or pass others as held_out")
             group = _Group(extractor=raw(images), metrics=its, references=whole, held_out=control)
         else:
             if network is None:
@@ -268,21 +272,6 @@ def _held_out(
         # Any other error, such as that of a damaged split, would otherwise take the control away in silence.
         return None
     return None if found is None else check_size("held_out", found, source.shape, floating=source.floating)
-
-
-def _check_copies(control: ReferenceSet, whole: ReferenceSet, ranks: Ranks, *, given: bool) -> None:
-    """Warn of held-out images that are training images, too; an error if all images that the caller gave are."""
-    copied = 0
-    if ranks.first:
-        copied = copies(control.images.images, whole.images.images, control.rows, whole.rows)
-    copied = ranks.broadcast(copied, "to compare the held-out images with the training images")
-    if given and copied == len(control):
-        raise ValueError(
-            f"held_out is a part of the training data: each of its {copied:,} samples is a training sample, too; pass "
-            "samples that are not."
-        )
-    if ranks.first:
-        warn_of_copies(copied, len(control))
 
 
 def check_counts(metrics: Sequence[Metric], samples: int | None, references: int | None) -> None:
@@ -368,9 +357,9 @@ class _Measurement:
             once = (0 if is_kept(real, wanted, group.cache) else len(real)) + control
             images = torch.from_numpy(np.array(real.images.images[: self.batch]))
             features += (repeats * n + once) * feature_seconds(wanted, images, device)
-            metrics += metric_seconds(group.extractor, group.metrics, n, len(real), control, repeats) * (
-                2 if group.per_class else 1
-            )
+            metrics += metric_seconds(
+                group.extractor, group.metrics, n, len(real), control, repeats, mirrored=group.references.mirrored
+            ) * (2 if group.per_class else 1)
         sampling = repeats * self.source.seconds()
         return TimeEstimate(sampling=sampling / count, features=features / count, metrics=metrics)
 

@@ -13,7 +13,8 @@ perfect model, the probability that a sample lies nearer to the training set tha
 Distances are Euclidean, in pixels or in features. Another image is one with other values: an image that is in the training
 set several times is one image, and so are an image and its mirror image, where both are training images. Otherwise the
 second of a pair would be the next nearest, with d_1 / d_2 near 1, and no copy of the pair would count. Images that differ
-however little, such as one image under two compressions, are two: remove such near-duplicates first.
+however little, such as one image under two compressions, are two: remove such near-duplicates first. So are copies whose
+features differ in the last bit, as a network may compute them in batches of different size.
 
 References:
     Yoon, Choi, Kwon, Ryu, "Diffusion Probabilistic Models Generalize when They Fail to Memorize", ICML 2023 workshop on
@@ -170,7 +171,8 @@ class Nearest(Metric):
         share = found.memorised
         # For a share of 0 or 1 the binomial formula gives an error of 0, which is wrong.
         error = math.sqrt(share * (1 - share) / len(samples)) if 0 < share < 1 else None
-        settings = {"threshold": self.threshold}
+        # Values of before, which took copies for other images, do not compare.
+        settings = {"threshold": self.threshold, "copies": "one image"}
         own = Value(name="memorised share", value=share, better=LOWER, standard_error=error, settings=settings)
         if given.held_out is None or found.held_out_memorised is None or found.closer is None:
             return (own,)

@@ -70,6 +70,8 @@ def nearest(
         Distances, shape (n, k), float64, and rows of `b`, shape (n, k).
     """
     best: dict[int, tuple[Tensor, Tensor]] = {}
+    if groups is not None and b.device.type == "mps":
+        groups = groups.cpu()  # as the blocks, whose float64 such a device does not have
     for i, j, squared, _ in blocks(a, b, rows=rows, columns=columns):
         # One more than k: rounding may swap the last with its successor.
         values, where = _least(squared, k + 1, None if groups is None else groups[None, j])

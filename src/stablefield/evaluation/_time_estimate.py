@@ -61,7 +61,14 @@ def feature_seconds(wanted: ExtractorPass, images: Tensor, device: torch.device)
 
 
 def metric_seconds(
-    extractor: Extractor, metrics: Sequence[Metric], samples: int, references: int, held_out: int, repeats: int
+    extractor: Extractor,
+    metrics: Sequence[Metric],
+    samples: int,
+    references: int,
+    held_out: int,
+    repeats: int,
+    *,
+    mirrored: bool = False,
 ) -> float:
     """Time of all repeats of the metrics on an extractor's features.
 
@@ -72,9 +79,11 @@ def metric_seconds(
         references: number of real images.
         held_out: number of images outside the training data.
         repeats: number of repeats.
+        mirrored: whether the second half of the real images are the mirror images of the first.
     """
     least = max([2, *(metric.least for metric in metrics)])
     n, m = (max(least, min(_ROWS, count)) for count in (samples, references))
+    m += m % 2 * mirrored
     some = min(held_out, _ROWS)
     found = 0.0
     for metric in metrics:
@@ -83,7 +92,13 @@ def metric_seconds(
         control = torch.rand(some, dim) if some else None
         times: list[float] = []
         for _ in range(2):
-            given = MetricInput(samples=_made_up(n, dim), references=real, extractor=extractor, held_out=control)
+            given = MetricInput(
+                samples=_made_up(n, dim),
+                references=real,
+                extractor=extractor,
+                held_out=control,
+                mirrored=mirrored,
+            )
             began = time.perf_counter()
             short(given)
             times.append(time.perf_counter() - began)

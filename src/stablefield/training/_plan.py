@@ -148,8 +148,7 @@ def make_plan(
         device: where to compute; a GPU if there is one.
 
     Raises:
-        ValueError: if the recipe does not fit the data, naming its field, `init` does not fit the network, or `held_out` is
-            a part of the data.
+        ValueError: if the recipe does not fit the data, naming its field, or `init` does not fit the network.
 
     Warns:
         UserWarning: if at least 1 % of the held-out samples are training samples, too.
@@ -193,23 +192,24 @@ def _held_out(
 ) -> tuple[HeldOut | None, ImageSet | None]:
     if held_out is None:
         return None, None
+    mirrored = recipe.mirror and data.scaling is None  # mirror images of latents are drawn anew
     if isinstance(held_out, int | float | np.number):
         found = HeldOut.part(float(held_out), data, recipe)
         training, outside = found.split(len(data), recipe.seed)
-        warn_of_copies(copies(data.images, data.images, outside, training), found.count)
+        warn_of_copies(
+            copies(data.images, data.images, outside, training, mirrored=mirrored),
+            found.count,
+            f"held_out={float(held_out):g}",
+            "keep one of each in the data, such as the rows numpy.unique(images, axis=0, return_index=True)[1]",
+        )
         return found, None
     if isinstance(held_out, str | Path):
         others = warned("held_out", open_images(held_out, **data.reading))
     else:
         others = as_image_set("held_out", held_out)
     found = HeldOut.other(others, data, recipe)
-    copied = copies(others.images, data.images)
-    if copied == len(others):
-        raise ValueError(
-            f"held_out is a part of the training data: each of its {copied:,} samples is a training sample, too; pass "
-            "samples that are not, or a share of the data, such as 0.05."
-        )
-    warn_of_copies(copied, len(others))
+    copied = copies(others.images, data.images, mirrored=mirrored)
+    warn_of_copies(copied, len(others), "held_out", "leave them out of the held-out data")
     return found, others
 
 

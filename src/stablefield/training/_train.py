@@ -85,8 +85,7 @@ def train(
         held_out: samples not to train on: a share of the images, such as 0.05, chosen by the recipe's seed; or other images
             of the same shape, as an image set if the network is conditioned on classes. They are never in a batch and never
             a reference. The run logs its loss on them at fixed noise, with the averaged weights, and keeps the checkpoint
-            with the lowest one. Copies of training samples among them are counted, and warned of from 1 % on; other images
-            that are all copies are an error.
+            with the lowest one. Copies of training samples among them are counted, and warned of from 1 % on.
         steps: training steps, in place of the recipe's.
         time: time that the call may take, such as 600, "10m" or "2h", in place of `steps`; `Plan.within` says what it
             determines. Without `recipe` and `init`, it also determines the width of a U-Net.
