@@ -455,6 +455,17 @@ def test_a_conditional_run_measures_itself_on_the_classes_that_evaluate_draws(tm
     assert measured[-1] == pytest.approx(frechet_of_evaluate(out, check), rel=1e-4)
 
 
+def test_runs_with_mirror_images_have_the_floor_of_a_perfect_model_of_them(tmp_path: Path) -> None:
+    floor = SelfCheck.prepare(open_digits(), RawPixels((1, 8, 8)), samples=60, mirrored=True).floor
+    flags = ("--network.width", "32", "--network.depth", "1", "--sample-every", "0", "--steps", "2", "--mirror")
+    measure = ("--evaluate-every", "2", "--evaluate-samples", "60", "--extractor", "pixels")
+    assert status("train", "digits", *flags, *measure, "--out", str(tmp_path / "run")) == 0
+    assert list(RunFolder(tmp_path / "run").metrics())[-1]["frechet_floor"] == pytest.approx(floor, rel=1e-6)
+    recipe = dataclasses.replace(RECIPE, mirror=True, steps=2)
+    compared = sf.compare("digits", seeds=1, out=tmp_path / "compare", recipe=recipe, evaluations=1, samples=60)
+    assert compared.protocol["frechet"]["floor"] == pytest.approx(floor, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_compare_trains_reports_and_goes_on_without_doing_anything_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from stablefield.data._digits import open_digits
 from stablefield.data._image_set import Origin, make_image_set
-from stablefield.evaluation._extractor import RawPixels
+from stablefield.evaluation._extractor import RawPixels, raw
 from stablefield.evaluation._features import fit_features, fit_moments
 from stablefield.evaluation._fid import distance_between, frechet_distance, frechet_distance_from_features
+from stablefield.targets._moments import Moments
 from stablefield.training._recipe import Recipe
 from stablefield.training._run_config import RunConfig
 from stablefield.training._self_check import FrechetObserver, SelfCheck, jackknife_error
@@ -104,6 +105,51 @@ def test_the_floor_is_what_a_perfect_model_reads_on_average(labelled: bool) -> N
     error = np.std(read, ddof=1) * (1 / 40 + 1 / 16) ** 0.5
     assert error < 0.05 * np.mean(read)
     assert check.floor == pytest.approx(np.mean(read), abs=4 * error)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_floor_of_mirrored_data_is_what_a_perfect_model_of_them_reads(labelled: bool) -> None:
+    """It draws the mirror images half of the time, and the digits are far from symmetric."""
+    extractor, pool = RawPixels((1, 8, 8)), torch.from_numpy(DIGITS.images)
+    classes = range(10) if labelled else None
+    plain, mirrored = (
+        SelfCheck.prepare(DIGITS, extractor, samples=200, classes=classes, mirrored=mirrored)
+        for mirrored in (False, True)
+    )
+    assert torch.equal(plain.reference.mean, mirrored.reference.mean)
+    rng = np.random.default_rng(6)
+    values, drawn = list[float](), []
+    for _ in range(40):
+        rows = rng.integers(len(pool), size=200)
+        if classes is not None:
+            rows = np.array([rng.choice(np.flatnonzero(DIGITS.labels == k % 10)) for k in range(200)])
+        images = torch.stack([pool[row].flip(-1) if rng.random() < 0.5 else pool[row] for row in rows])
+        drawn.append(images)
+        values.append(distance_between(fit_features(extractor(images)), mirrored.reference).value)
+    error = np.std(values, ddof=1) * (1 / 40 + 1 / 16) ** 0.5
+    assert mirrored.floor == pytest.approx(np.mean(values), abs=4 * error)
+    reading = mirrored.read(lambda seeds: drawn[0][list(seeds)])
+    assert abs(reading.value - reading.floor) < 5 * reading.standard_error
+    assert 3 * plain.floor < mirrored.floor
+
+
+def test_the_floor_of_latents_of_mirrored_images_draws_these() -> None:
+    """The latent of a mirrored image is not the mirror image of its latent."""
+    rng = np.random.default_rng(2)
+    mean = rng.standard_normal((300, 2, 4, 4), np.float32)
+    std = np.full_like(mean, 0.1)
+    images = make_image_set(mean, None, Origin(name="latents", source="here"))
+    flipped = Moments(mean=mean + 3, std=std)
+    images = dataclasses.replace(images, moments=Moments(mean=mean, std=std), flipped=flipped)
+    extractor = raw(images)
+    check = SelfCheck.prepare(images, extractor, samples=200, batch=64, mirrored=True)
+    draws = []
+    for _ in range(20):
+        rows, turned = rng.integers(300, size=200), rng.random((200, 1, 1, 1)) < 0.5
+        drawn = np.where(turned, mean[rows] + 3 + 0.1 * rng.standard_normal((200, 2, 4, 4)), mean[rows])
+        features = extractor(torch.from_numpy(drawn.astype(np.float32)))
+        draws.append(distance_between(fit_features(features), check.reference).value)
+    assert check.floor == pytest.approx(np.mean(draws), rel=5 * np.std(draws) / np.mean(draws) / 16**0.5)
 
 
 @pytest.mark.parametrize("classes", [0, 3, 10])

@@ -274,8 +274,13 @@ class Train(TrainingFlags):
             return []
         self.measure.check()
         extractor = self.measure.open(data.shape, device, floating=data.scaling is not None, usual="random")
-        data, classes = config.numbered(data), config.proportional_classes
-        check = SelfCheck.prepare(data, extractor, samples=self.evaluate_samples, classes=classes)
+        check = SelfCheck.prepare(
+            config.numbered(data),
+            extractor,
+            samples=self.evaluate_samples,
+            classes=config.proportional_classes,
+            mirrored=config.recipe.mirror,
+        )
 
         def tell(step: int, reading: Reading) -> None:
             console.print(f"step {step:,}: {reading}")

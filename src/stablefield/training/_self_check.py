@@ -21,21 +21,23 @@ References:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._preconditioning import Denoiser
-from stablefield.evaluation._extraction import ExtractorPass, extract, image_batches
+from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import Gaussian, checked, fit_features, in_float64
 from stablefield.evaluation._fid import distance_between
 from stablefield.evaluation._inception import metric_name
+from stablefield.evaluation._metric import Features
 from stablefield.sampling._seeded_images import in_turn
 from stablefield.training._run_config import RunConfig
 from stablefield.training._samples import draw_samples
@@ -97,6 +99,7 @@ class SelfCheck:
         *,
         samples: int = 500,
         classes: Sequence[int] | None = None,
+        mirrored: bool = False,
         batch: int = 250,
         groups: int = 20,
     ) -> "SelfCheck":
@@ -107,6 +110,7 @@ class SelfCheck:
             extractor: maps images to features.
             samples: samples per check; seeds 0 to samples - 1.
             classes: that the seeds take in turn, in a run that is conditioned on the images' classes; None without.
+            mirrored: whether the run trains on the mirror images, too: a perfect model then draws them half of the time.
             batch: images at a time.
             groups: groups of the jackknife, at least 2.
 
@@ -131,8 +135,15 @@ class SelfCheck:
             here = counts[wanted] > 0
             place = first[wanted] + rng.integers(np.maximum(counts[wanted], 1), size=part.shape)
             part[:, here] = order[place[:, here]]
-        drawn = (fit_features(real.matrix()[torch.from_numpy(rows)]) for rows in part)
-        floor = fmean(distance_between(one, gaussian).value for one in drawn)
+        flips = rng.random(part.shape) < 0.5 if mirrored else np.zeros(part.shape, bool)
+        turned, places = np.unique(part[flips], return_inverse=True)
+        passes = [ExtractorPass(extractor=extractor, moments=False)]
+        (mirror,) = extract(_mirror_batches(images, turned, batch), passes, "mirror image")
+        # Row numbers of the images, and after them of the mirror images that are drawn.
+        part[flips] = len(images) + places
+        floor = fmean(
+            distance_between(fit_features(_rows(real, mirror, torch.from_numpy(rows))), gaussian).value for rows in part
+        )
         return cls(
             extractor=extractor,
             reference=gaussian,
@@ -172,6 +183,21 @@ class SelfCheck:
             floor=self.floor,
             count=len(features),
         )
+
+
+def _mirror_batches(images: ImageSet, rows: NDArray[np.int64], batch: int) -> Iterator[Batch]:
+    """Batches of the mirror images of some rows; latents of mirrored images are drawn, each batch from another seed."""
+    for part, numbers in image_batches(rows, np.arange(len(rows)), batch):
+        yield torch.from_numpy(images.mirror_images(part.numpy(), int(numbers[0]))), numbers
+
+
+def _rows(first: Features, second: Features, numbers: Tensor) -> Tensor:
+    """The rows of these numbers, as if the second features followed the first."""
+    count = len(first.matrix())
+    found = first.matrix()[numbers.clamp(max=count - 1)]
+    later = numbers >= count
+    found[later] = second.matrix()[numbers[later] - count]
+    return found
 
 
 def check_samples(given: str, samples: int, images: int | None = None, groups: int = 20) -> None:
