@@ -508,7 +508,8 @@ def test_a_plan_says_what_its_run_would_take_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     found = sf.training.make_plan(open_digits(), TINY, device="cpu").estimate("cpu")
-    assert found.seconds == found.seconds_per_step * TINY.steps
+    assert found.parts["steps"] == found.seconds_per_step * TINY.steps
+    assert found.seconds == sum(found.parts.values())
     assert 0 < found.target_seconds < found.seconds_per_step
     names = ["images", "parameters", "memory", "steps", "references", "a step here", "all of it"]
     assert [name for name, _ in found.rows()] == names

@@ -14,11 +14,15 @@ from pictures import whole_pictures
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.data._source import as_image_set
+from stablefield.evaluation._extractor import RawPixels
+from stablefield.report._cells import duration
+from stablefield.training._estimate import estimate_run
 from stablefield.training._held_out import HeldOut
 from stablefield.training._pace import Costs, Pace
 from stablefield.training._plan import make_plan
 from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
-from stablefield.training._recipes import recipe_for
+from stablefield.training._recipes import DIGITS, recipe_for
+from stablefield.training._self_check import FrechetObserver, SelfCheck
 from stablefield.training._time_budget import narrowed, seconds_of, within
 
 TINY = Recipe(batch=32, references=32, noise_band=0.0, network=MLPConfig(width=16, depth=1))
@@ -101,6 +105,55 @@ def test_the_chosen_steps_leave_time_for_looks_at_held_out_samples() -> None:
         assert used <= plain.steps * step
         # Short runs of this batch pay for five looks; long ones two percent, and the checkpoints.
         assert used >= 0.8 * plain.steps * step
+
+
+@pytest.mark.parametrize(("steps", "done"), [(40, 0), (45, 0), (45, 23)])
+def test_an_estimate_has_all_that_a_run_does(
+    steps: int, done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held against the run, on a clock that only the network moves on."""
+    machine, data = Machine(monkeypatch), open_digits()
+    recipe = dataclasses.replace(TINY, steps=steps, sample_every=20, checkpoint_every=15, log_every=5)
+    plan = make_plan(data, recipe, held_out=0.1, device="cpu")
+    run = None
+    if done:
+        taken = iter(range(1, steps))
+        run = sf.train(plan, out=tmp_path / "run", device="cpu", stop=lambda: next(taken) == done)
+        assert run.step == done
+    found = estimate_run(plan.config, data, torch.device("cpu"), done, evaluate_every=20, evaluate_samples=60)
+    monkeypatch.setattr("stablefield.training._report_writer._drawable", lambda: False)
+    check = SelfCheck.prepare(data, RawPixels(data.shape), samples=60)
+    observer = FrechetObserver(check, 20, plan.config, torch.device("cpu"))
+    began = machine.now
+    with whole_pictures():
+        if run is not None:
+            run.resume(data=data, device="cpu", observers=[observer])
+        else:
+            sf.train(plan, out=tmp_path / "run", device="cpu", observers=[observer])
+    # What else the run does takes no time on this clock.
+    network = sum(found.parts[name] for name in ("steps", "pictures", "held-out samples", "evaluations"))
+    assert network == pytest.approx(machine.now - began, rel=1e-6)
+    assert found.seconds == pytest.approx(sum(found.parts.values()))
+
+
+def test_the_command_estimates_what_the_plan_estimates_and_says_what_takes_the_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Machine(monkeypatch)
+    monkeypatch.setattr("stablefield.training._report_writer._drawable", lambda: False)
+    recipe = dataclasses.replace(DIGITS, steps=40, batch=32, references=32, network=TINY.network)
+    plan = make_plan(open_digits(), recipe, device="cpu")
+    plain = dict(plan.estimate("cpu").rows())["all of it"]
+    found = dict(plan.estimate("cpu", evaluate_every=10, evaluate_samples=100).rows())["all of it"]
+    # 40 steps of 3 x 32 rows, a picture of 35 x 64, four times 100 samples of 35: 4 ms for a row.
+    assert plain == "about 24 s on cpu: steps 15 s, pictures 9 s"
+    assert found == "about 1 min 20 s on cpu: steps 15 s, pictures 9 s, evaluations 56 s"
+    for flags, words in (((), plain), (("--evaluate-every", "10", "--evaluate-samples", "100"), found)):
+        assert status("train", "digits", "--recipe", "digits", *FLAGS, "--steps", "40", *flags, "--dry-run") == 0
+        assert words in " ".join(capsys.readouterr().out.split())
+    # Where the steps take nearly all of the time, it does not list them.
+    long = make_plan(open_digits(), dataclasses.replace(recipe, steps=4000), device="cpu")
+    assert dict(long.estimate("cpu").rows())["all of it"] == f"about {duration(long.estimate('cpu').seconds)} on cpu"
 
 
 def test_a_time_that_is_too_short_says_how_much_more_to_give() -> None:

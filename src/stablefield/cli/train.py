@@ -29,7 +29,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.report._cells import duration
 from stablefield.training._accelerator import Tracker, check_tracker
 from stablefield.training._data_parallel import overlaps
-from stablefield.training._estimate import estimate_run
+from stablefield.training._estimate import decoding_seconds, estimate_run
 from stablefield.training._fully_sharded import shards
 from stablefield.training._pace import clock
 from stablefield.training._plan import Plan, make_plan, place
@@ -142,7 +142,7 @@ class Train(TrainingFlags):
         if plan.config.held_out is not None:
             console.print(f"held out:   {plan.config.held_out.describe(plan.config.recipe, plan.data)}", markup=False)
         if self.dry_run:
-            return print_rows(plan.estimate(found.device).rows())
+            return print_rows(plan.estimate(found.device, self.vae, **self._evaluations()).rows())
 
         def call(**options: Any) -> Run:
             # The observers have taken of the time.
@@ -175,7 +175,9 @@ class Train(TrainingFlags):
                 data = _opened(config, self.data)
             self._check_samples(len(data))
             if self.dry_run:
-                return print_rows(estimate_run(config, data, device, done).rows())
+                decoding = decoding_seconds(config, self.vae, device)
+                found = estimate_run(config, data, device, done, decoding=decoding, **self._evaluations())
+                return print_rows(found.rows())
             held_out = _opened(config, self.held_out) if self.held_out and ranks.first else None
             call = partial(run.resume, steps=steps, data=data, held_out=held_out, vae=self.vae, device=device)
             with warnings.catch_warnings():
@@ -248,6 +250,9 @@ class Train(TrainingFlags):
     def _check_samples(self, images: int | None) -> None:
         if self.evaluate_every:
             check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples, images)
+
+    def _evaluations(self) -> dict[str, int]:
+        return {"evaluate_every": self.evaluate_every, "evaluate_samples": self.evaluate_samples}
 
     def _trained(
         self, data: ImageSet, device: torch.device, done: int, config: RunConfig, call: Callable[..., Run]

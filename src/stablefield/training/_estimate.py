@@ -1,11 +1,13 @@
 """Estimate what a run would cost, from a few trial steps that are discarded."""
 
+import math
 import resource
 import statistics
 import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,11 +17,23 @@ from stablefield.data._image_set import ImageSet
 from stablefield.report._cells import duration
 from stablefield.training._accelerator import make_accelerator
 from stablefield.training._feed import Feed
+from stablefield.training._pace import Costs
 from stablefield.training._placement import placed
+from stablefield.training._recipe import Recipe
+from stablefield.training._report_writer import report_seconds
 from stablefield.training._run_config import RunConfig
 from stablefield.training._stepper import Stepper
 
-__all__ = ["RunEstimate", "estimate_run"]
+__all__ = ["PICTURE", "RunEstimate", "decoding_seconds", "estimate_run"]
+
+PICTURE = 64
+"""Images of a sample grid."""
+# A sample takes 35 evaluations of the network. A training step takes three evaluations of its rows.
+_NFE, _TRAINED = 35, 3
+# Bytes per second that a checkpoint is written with, its checksum included.
+_WRITTEN = 2e8
+# Share of the time from which the table shows what else than steps takes it, and from which it shows a part.
+_OTHER, _PART = 0.1, 0.01
 
 # Fewest and most trial steps, and the seconds that are enough: a single step says little on a busy machine.
 STEPS, MOST, ENOUGH = 3, 30, 1.0
@@ -39,7 +53,10 @@ class RunEstimate:
         seconds_per_step: median over the trial steps, without the first.
         target_seconds: the part of seconds_per_step for noise and target.
         setup_seconds: time to build a network with its optimiser and averages.
-        seconds: time for all remaining steps.
+        seconds: time for all that is left, the sum of `parts`.
+        parts: seconds of the start, the steps, sample grids, checkpoints, looks at held-out samples, the samples of
+            observers, and the report.
+        costs: what one of each takes.
         device: where the trial steps ran.
     """
 
@@ -53,6 +70,8 @@ class RunEstimate:
     target_seconds: float
     setup_seconds: float
     seconds: float
+    parts: dict[str, float]
+    costs: Costs
     device: torch.device
 
     def rows(self) -> list[tuple[str, str]]:
@@ -70,14 +89,30 @@ class RunEstimate:
         return [
             *rows,
             ("a step here", f"{self.seconds_per_step:.3f} s, of which noise and target {share:.1%}"),
-            ("all of it", f"about {duration(self.seconds)} on {self.device}"),
+            ("all of it", f"about {duration(self.seconds)} on {self.device}{self._shares()}"),
         ]
+
+    def _shares(self) -> str:
+        """The parts of the time in words, if much of it is for other things than steps."""
+        if self.seconds - self.parts["steps"] <= _OTHER * self.seconds:
+            return ""
+        shown = [f"{name} {duration(part)}" for name, part in self.parts.items() if part > _PART * self.seconds]
+        return f": {', '.join(shown)}"
 
     def __str__(self) -> str:
         return "\n".join(f"{name:12}{text}" for name, text in self.rows())
 
 
-def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: int = 0) -> RunEstimate:
+def estimate_run(
+    config: RunConfig,
+    data: ImageSet,
+    device: torch.device,
+    done: int = 0,
+    *,
+    evaluate_every: int = 0,
+    evaluate_samples: int = 0,
+    decoding: float = 0.0,
+) -> RunEstimate:
     """Estimate what a run would cost, from a few trial steps; write nothing.
 
     Args:
@@ -85,6 +120,9 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
         data: its images.
         device: where to compute.
         done: steps that the run has done already.
+        evaluate_every: steps between evaluations of samples by an observer; 0 for none.
+        evaluate_samples: samples of each of them.
+        decoding: seconds to decode a sample grid.
     """
     recipe, accelerator = config.recipe, make_accelerator(device)
     device = accelerator.device
@@ -102,6 +140,8 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
         began = time.perf_counter()
         Stepper(config, feed, accelerator)
         setup = time.perf_counter() - began
+    costs = _costs(recipe, seconds, target_seconds, setup, 4 * copies * parameters, decoding)
+    parts = _parts(config, costs, done, evaluate_every, evaluate_samples)
     left = recipe.steps - done
     images, epochs = left * recipe.batch, left * recipe.images_per_step / (len(data) if rows is None else len(rows))
     many = f"all, in {accelerator.num_processes} parts" if placement == "sharded" else str(recipe.references)
@@ -116,9 +156,60 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
         seconds_per_step=seconds,
         target_seconds=target_seconds,
         setup_seconds=setup,
-        seconds=seconds * left,
+        seconds=sum(parts.values()),
+        parts=parts,
+        costs=costs,
         device=device,
     )
+
+
+def decoding_seconds(config: RunConfig, vae: str | Path, device: torch.device) -> float:
+    """What it takes to decode a sample grid of latents of images; 0 for a run of other data.
+
+    Args:
+        config: the run's configuration.
+        vae: the autoencoder's place, if it has moved.
+        device: where to compute.
+    """
+    if config.autoencoder is None:
+        return 0.0
+    return config.autoencoder.open(vae, device).decoding_seconds(config.shape, PICTURE)
+
+
+def _costs(recipe: Recipe, step: float, target: float, setup: float, state: int, decoding: float) -> Costs:
+    """The costs of a run, from the seconds of a trial step, of its target and of the start, and the bytes of its state."""
+    row = max(0.0, step - target) / (_TRAINED * recipe.batch)
+    picture = _NFE * PICTURE * row + decoding
+    return Costs(setup=setup, step=step, picture=picture, checkpoint=state / _WRITTEN, row=row)
+
+
+def _parts(config: RunConfig, costs: Costs, done: int, evaluate_every: int, evaluate_samples: int) -> dict[str, float]:
+    """What the parts of a run take from step `done` to its end."""
+    recipe, held_out = config.recipe, config.held_out
+    steps = recipe.steps
+    if done >= steps:
+        return {"steps": 0.0}
+    grids = _times(recipe.sample_every, done, steps) + sum(done < step < steps for step in recipe.early_grids)
+    looks = 0 if held_out is None else _times(held_out.every, done, steps)
+    # At every look the loss may be the best so far, whose checkpoint the run keeps.
+    saves = _times(recipe.checkpoint_every, done, steps) + looks
+    found = {
+        "start": costs.setup,
+        "steps": (steps - done) * costs.step,
+        "pictures": grids * costs.picture,
+        "checkpoints": saves * costs.checkpoint,
+    }
+    if held_out is not None:
+        found["held-out samples"] = looks * held_out.evaluations * costs.row
+    if evaluate_every:
+        found["evaluations"] = _times(evaluate_every, done, steps) * _NFE * evaluate_samples * costs.row
+    found["report"] = report_seconds(sum(found.values()))
+    return found
+
+
+def _times(every: int, done: int, steps: int) -> int:
+    """How often something is due after step `done` that is due at multiples of `every`, if that is not 0, and at the end."""
+    return math.ceil(steps / every) - done // every if every else 1
 
 
 def _timed(stepper: Stepper, device: torch.device) -> tuple[float, float]:

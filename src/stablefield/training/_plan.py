@@ -19,7 +19,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.data._scaling import Scaling
 from stablefield.data._source import Images, as_image_set, open_images, warned
 from stablefield.diffusion._preconditioning import Denoiser
-from stablefield.training._estimate import RunEstimate, estimate_run
+from stablefield.training._estimate import RunEstimate, decoding_seconds, estimate_run
 from stablefield.training._fully_sharded import shards
 from stablefield.training._held_out import HeldOut
 from stablefield.training._noise_band import resolve_band
@@ -31,7 +31,7 @@ from stablefield.training._report_writer import report_seconds
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_data import check_fit, check_vae, held_out_data
 from stablefield.training._run_folder import HasFolder
-from stablefield.training._time_budget import PICTURE, costs_of, narrowed, seconds_of, within
+from stablefield.training._time_budget import narrowed, seconds_of, within
 from stablefield.training._weight_source import WeightSource, copied_weights, open_weights, side_of
 
 __all__ = ["Plan", "images_and_recipe", "make_plan", "place"]
@@ -89,19 +89,16 @@ class Plan:
         began, given = clock(), seconds_of(time)
         where, ranks = place(device)
         config = self.config
-        costs = costs_of(config.recipe, estimate_run(config, self.data, where))
+        costs = estimate_run(config, self.data, where).costs
         while fit_width:
             left, costs = ranks.broadcast((given - (clock() - began), costs), "to fit the network to the time")
             narrower = narrowed(config.recipe, left, costs)
             if narrower is None:
                 break
             config = dataclasses.replace(config, recipe=narrower)
-            costs = costs_of(narrower, estimate_run(config, self.data, where))
+            costs = estimate_run(config, self.data, where).costs
         check_vae(vae, config)
-        autoencoder = config.autoencoder
-        if autoencoder is not None:
-            decoding = autoencoder.open(vae, where).decoding_seconds(config.shape, PICTURE)
-            costs = dataclasses.replace(costs, picture=costs.picture + decoding)
+        costs = dataclasses.replace(costs, picture=costs.picture + decoding_seconds(config, vae, where))
         left = given - (clock() - began)
         costs = dataclasses.replace(costs, report=report_seconds(left))
         left, costs = ranks.broadcast((left, costs), "to share out the time")
@@ -111,13 +108,40 @@ class Plan:
         config = dataclasses.replace(config, recipe=recipe, held_out=held_out)
         return dataclasses.replace(self, config=config, seconds=left, costs=costs)
 
-    def estimate(self, device: torch.device | str | None = None) -> RunEstimate:
+    def estimate(
+        self,
+        device: torch.device | str | None = None,
+        vae: str | Path = "",
+        *,
+        evaluate_every: int = 0,
+        evaluate_samples: int = 500,
+    ) -> RunEstimate:
         """Estimate what the run would cost, from a few trial steps that are discarded.
+
+        Its pictures, checkpoints and looks at held-out samples count, and the samples of observers, but not what observers
+        compute from them.
 
         Args:
             device: where to compute; a GPU if there is one.
+            vae: as for `train`.
+            evaluate_every: steps between evaluations of samples by an observer, as those of `--evaluate-every`; 0 for none.
+            evaluate_samples: samples of each of them.
+
+        Raises:
+            ValueError: if an argument is out of range, or the data are not latents and `vae` is given.
         """
-        return estimate_run(self.config, self.data, place(device)[0])
+        whole_number("evaluate_every", evaluate_every, 0)
+        whole_number("evaluate_samples", evaluate_samples, 1)
+        check_vae(vae, self.config)
+        where = place(device)[0]
+        return estimate_run(
+            self.config,
+            self.data,
+            where,
+            evaluate_every=evaluate_every,
+            evaluate_samples=evaluate_samples,
+            decoding=decoding_seconds(self.config, vae, where),
+        )
 
 
 def place(device: torch.device | str | None) -> tuple[torch.device, Ranks]:

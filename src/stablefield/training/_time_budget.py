@@ -5,20 +5,13 @@ import re
 from dataclasses import replace
 
 from stablefield._shapes import number
-from stablefield.training._estimate import RunEstimate
 from stablefield.training._held_out import HeldOut
 from stablefield.training._pace import FREE, Costs
 from stablefield.training._recipe import Recipe, SongUNetConfig
 
-__all__ = ["PICTURE", "costs_of", "narrowed", "seconds_of", "within"]
+__all__ = ["narrowed", "seconds_of", "within"]
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
-PICTURE = 64
-"""Images of a sample grid."""
-# A picture takes 35 evaluations of the network. A training step takes three evaluations of its rows.
-_NFE, _TRAINED = 35, 3
-# Bytes per second that a checkpoint is written with, its checksum included.
-_WRITTEN = 2e8
 # Shares of the time for pictures and checkpoints on the way, and the most of each.
 _LOOKING, _SAVING, _LOOKS, _SAVES, _EARLY = 0.05, 0.02, 8, 10, 4
 # Shares of the images: for the ramp of the learning rate and the half-life of the averages, at most.
@@ -43,18 +36,6 @@ def seconds_of(given: str | float) -> float:
     if not 0 < given < math.inf:
         raise ValueError(f"time={given:g}: it must be positive, such as 90s, 10m or 2h.")
     return float(given)
-
-
-def costs_of(recipe: Recipe, estimate: RunEstimate) -> Costs:
-    """The costs of a run, from trial steps."""
-    row = max(0.0, estimate.seconds_per_step - estimate.target_seconds) / (_TRAINED * recipe.batch)
-    return Costs(
-        setup=estimate.setup_seconds,
-        step=estimate.seconds_per_step,
-        picture=_NFE * PICTURE * row,
-        checkpoint=estimate.state_bytes / _WRITTEN,
-        row=row,
-    )
 
 
 def narrowed(recipe: Recipe, seconds: float, costs: Costs) -> Recipe | None:
