@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import stablefield as sf
 from pictures import empty_charts
@@ -127,11 +128,17 @@ def test_the_time_before_a_stop_between_two_scores_counts(
     assert outcome.scores[-1].seconds > last["seconds"]
 
 
+@pytest.mark.parametrize("fitted", [False, True], ids=["", "importance sampling"])
 def test_gradient_variance_is_that_of_the_gradients_themselves(
-    tmp_path: Path, check: SelfCheck, optimum: Optimum
+    tmp_path: Path, check: SelfCheck, optimum: Optimum, fitted: bool
 ) -> None:
-    folder, scores = run(tmp_path / "dsm", "dsm", check, optimum)
-    data, recipe = open_digits(), RECIPE
+    data, recipe = open_digits(), dataclasses.replace(RECIPE, importance_sampling=fitted, steps=30 if fitted else 20)
+    folder, scores = run(tmp_path / "dsm", "dsm", check, optimum, recipe)
+    importance = None
+    if fitted:
+        importance = sf.ImportanceSampling(recipe.noise_levels, recipe.process)
+        importance.load_state_dict(load_file(folder.checkpoint(30) / "importance.safetensors"))
+        assert importance.density().min() < 0.8
     model = open_model(folder.path).denoiser.requires_grad_(True)
     x = torch.from_numpy(data.images).float() / 127.5 - 1
     from stablefield.data._index_stream import IndexStream
@@ -143,7 +150,7 @@ def test_gradient_variance_is_that_of_the_gradients_themselves(
         ("dsm", sf.DenoisingTarget(recipe.process)),
         ("stf", sf.StableTarget(recipe.process, references=sf.Pool(torch.from_numpy(data.images)))),
     ):
-        objective = sf.Objective(recipe.process, target=target, noise_levels=recipe.noise_levels)
+        objective = sf.Objective(recipe.process, target=target, noise_levels=recipe.noise_levels, importance=importance)
         gradients = []
         for step in range(16):
             index = torch.from_numpy(stream.batch_at(step))

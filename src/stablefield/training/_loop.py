@@ -25,7 +25,7 @@ from stablefield.data._png import write_png
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.sampling._seeded_images import in_turn
 from stablefield.training._accelerator import Tracker, log_picture, make_accelerator, tracking
-from stablefield.training._checkpoint import State, restore, save, sweep
+from stablefield.training._checkpoint import State, Trained, restore, save, sweep
 from stablefield.training._ema import follower
 from stablefield.training._feed import Feed
 from stablefield.training._fully_sharded import to_first
@@ -122,6 +122,7 @@ def fit(
     held_out: ImageSet | None = None,
     page: bool = True,
     vae: str | Path = "",
+    on_begin: Callable[[Trained], object] | None = None,
 ) -> int:
     """Train the run in `folder` to its last step, from its newest checkpoint if it has one.
 
@@ -140,6 +141,7 @@ def fit(
         held_out: other data that the run holds out, if it does; only the first process needs them.
         page: whether to write RUN/report.html on the way.
         vae: the place of the autoencoder of a run on latents of images, if it has moved.
+        on_begin: called before the first step with the state that the steps change.
 
     Returns:
         The steps done.
@@ -174,6 +176,8 @@ def fit(
                     others = None if config.held_out.share is not None else held_out_data(config, held_out)
                     look = HeldOutLoss(config.held_out, recipe, data, others, labelled=labelled, device=device)
                 loop = _Loop(folder, config, feed, accelerator, observers, look, autoencoder)
+                if on_begin is not None:
+                    on_begin(loop.trained)
                 with tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
                     return loop.run(report, every, stop, pace, page=page)
     except (TrainingError, RankError) as error:
@@ -248,6 +252,11 @@ class _Loop:
         # Step and value of the lowest held-out loss.
         self._best = folder.best() if self._main and look is not None else None
         self._page = ReportWriter(folder)
+
+    @property
+    def trained(self) -> Trained:
+        """The state that every step changes."""
+        return self._stepper.trained
 
     def run(
         self,

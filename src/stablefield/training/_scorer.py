@@ -7,7 +7,8 @@ regression target differs. At regular steps, a score of the averaged model takes
 - the Frechet distance of samples of fixed seeds, with its jackknife error; in a conditional run with classes in the
   proportions of the training data, as for `evaluate`;
 - the variance of the gradient from batch to batch, $E|g - E g|^2$ summed over the parameters, for both targets at the same
-  weights: the stable target is there to lower it.
+  weights: the stable target is there to lower it. A run with importance sampling draws the noise levels of both from the
+  density that it has fitted so far.
 
 Each score is a line of a file in the run's folder, so an interrupted comparison continues. The exact posterior mean costs a
 pass over the data for every row, and is computed once for all scores of all runs.
@@ -28,10 +29,12 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from stablefield.data._image_set import ImageSet
+from stablefield.diffusion._importance_sampling import ImportanceSampling
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.probing._fit import Optimum, find_optimum
 from stablefield.probing._population import Population
 from stablefield.training._accelerator import make_accelerator
+from stablefield.training._checkpoint import Trained
 from stablefield.training._feed import Feed
 from stablefield.training._loop import Report, fit, not_finite, writing
 from stablefield.training._model import open_model
@@ -110,12 +113,17 @@ class Scorer:
         newest = folder.newest()
         started = newest[1].step if newest is not None else 0
         self._seconds = _seconds_until(self._path, started)
+        self._importance: ImportanceSampling | None = None
         self._began = time.perf_counter()
 
     @property
     def every(self) -> int:
         """Steps between scores."""
         return self._every
+
+    def follow(self, trained: Trained) -> None:
+        """Take the density of noise levels from the run in progress, if it fits one."""
+        self._importance = trained.importance
 
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
         """Score the model, and add a line to scores.jsonl."""
@@ -149,6 +157,8 @@ class Scorer:
     def _gradient_variance(self, stepper: Stepper, denoiser: Denoiser) -> float:
         """E|g - E g|^2 over the batches of the first steps, unbiased, at the weights of `denoiser`."""
         stepper.trained.model.load_state_dict(denoiser.state_dict())
+        if self._importance is not None and stepper.trained.importance is not None:
+            stepper.trained.importance.load_state_dict(self._importance.state_dict())
         first = stepper.gradient(0).double()
         total, squares = torch.zeros_like(first), 0.0
         for step in range(1, GRADIENTS):
@@ -214,6 +224,7 @@ def run_one(
             stop=stop,
             observers=(scorer,),
             accelerator=accelerator,
+            on_begin=scorer.follow,
             page=False,  # it would count as time of training
         )
         if done < config.recipe.steps:

@@ -30,8 +30,10 @@ class Score:
         distance: mean squared distance to the exact posterior mean at each of `LEVELS`, per number of a sample.
         frechet: Frechet distance of the samples.
         frechet_error: its standard error over fresh samples.
-        gradient_variance: variance of the gradient with the run's own target.
-        gradient_ratio: that variance with the stable target, divided by that with the single sample, at these weights.
+        gradient_variance: variance of the gradient with the run's own target, with importance sampling at the noise levels
+            that the run has fitted.
+        gradient_ratio: that variance with the stable target, divided by that with the single sample, at these weights
+            and levels.
     """
 
     step: int

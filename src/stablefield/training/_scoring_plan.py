@@ -124,6 +124,7 @@ def settings_of(config: RunConfig, data: ImageSet, extractor: Extractor, samples
         "rows": rows_of(data),
         "gradients": GRADIENTS,
         **({"optimum": "with the mirror images"} if config.recipe.mirror else {}),
+        **({"gradients' noise levels": "as the run fits them"} if config.recipe.importance_sampling else {}),
     }
 
 
