@@ -131,6 +131,31 @@ def test_what_the_report_calls_a_loss_is_one(followed: tuple[sf.Run, list[str]])
     assert figures["images per second"].value == 0.37
 
 
+def test_the_pace_of_a_report_is_that_of_its_last_lines_since_the_training_went_on(
+    followed: tuple[sf.Run, list[str]],
+) -> None:
+    found = followed[0].report()
+    seconds, shares = (0.5, 8.0, 2.0, 4.0, 1.0, 1.0), (0.9, 0.9, 0.5, 0.25, 0.0, 0.0)
+    lines = tuple(
+        {"step": 10 * k + 10, "loss": 1.0, "images_per_second": 80 / seconds[k], "target_share": shares[k]}
+        for k in range(6)
+    )
+    begun = [{**found.environment[0], "step": step} for step in (0, 30, 60)]
+    recipe = dataclasses.replace(found.config.recipe, steps=100, batch=8)
+    config = dataclasses.replace(found.config, recipe=recipe)
+    # Ten steps of eight images: 2 + 4 + 1 + 1 seconds for the last forty, of which 2 s for noise and target.
+    for last, images, used, share in ((1, 320, 8.0, 2.0 / 8), (2, 240, 6.0, 1.0 / 6), (3, 80, 1.0, 0.0)):
+        now = dataclasses.replace(
+            found, config=config, lines=lines, environment=tuple(begun[:last]), training=True, best=None
+        )
+        assert now.seconds_left == pytest.approx(40 * 8 * used / images)
+        assert now._pace[1] == pytest.approx(share)
+        assert f"{images / used:.4g}" in str(now)
+        assert dataclasses.replace(now, training=False)._key_figures()[-1].value == pytest.approx(
+            images / used, rel=0.02
+        )
+
+
 def test_the_command_writes_the_report_and_the_animation(
     followed: tuple[sf.Run, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

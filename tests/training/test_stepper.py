@@ -1,6 +1,7 @@
 """A step is a function of (seed, step): not of parts, processes, or where the references lie."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -172,9 +173,8 @@ def test_so_many_steps_share_a_call_that_64_rows_are_in_the_band(digits: ImageSe
     assert steps(device=torch.device("cuda")) == 1
 
 
-def test_the_trial_of_a_step_has_its_share_of_a_target_for_several(
-    digits: ImageSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def delay_targets_and_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which a call of the stable target takes 8 s, one of the network 1 s, and all else nothing."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
@@ -189,6 +189,36 @@ def test_the_trial_of_a_step_has_its_share_of_a_target_for_several(
 
     delay(sf.StableTarget, "__call__", 8.0)
     delay(sf.networks.MLP, "forward", 1.0)
+
+
+@pytest.mark.parametrize("stopped", [0, 6, 21])
+def test_each_step_has_its_share_of_a_target_for_several_in_the_log_and_the_reports(
+    digits: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+) -> None:
+    delay_targets_and_networks(monkeypatch)
+    recipe = dataclasses.replace(SMALL, noise_band=SOME, steps=40, log_every=3, sample_every=0, ramp_images=0)
+    shown: list[sf.training.Report] = []
+    more = {"progress": shown.append, "every": 1, "device": "cpu"}
+    taken = itertools.count(1)
+    run = sf.train(digits, out=tmp_path / "run", recipe=recipe, stop=lambda: next(taken) == stopped, **more)
+    if stopped:
+        run.resume(data=digits, **more)
+    lines = run.metrics()
+    assert [report.step for report in shown] == list(range(1, 41))
+    # A block of 16 steps takes 8 s, and the network a second for each step; a resumed block is for the rest of its steps.
+    for step, report in enumerate(shown):
+        rest = 16 - stopped % 16 if stopped and stopped <= step < stopped + 16 - stopped % 16 else 16
+        assert report.images_per_second == pytest.approx(recipe.batch / (1 + 8 / rest))
+        assert report.target_share == pytest.approx(8 / rest / (1 + 8 / rest))
+    if not stopped:
+        assert [line["target_share"] for line in lines] == pytest.approx([1 / 3] * 14)
+        assert [line["images_per_second"] for line in lines] == pytest.approx([recipe.batch / 1.5] * 14)
+
+
+def test_the_trial_of_a_step_has_its_share_of_a_target_for_several(
+    digits: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delay_targets_and_networks(monkeypatch)
     for change, target in ({}, 8 / 16), ({"references": 64}, 8.0):
         recipe = dataclasses.replace(SMALL, noise_band=SOME, **change)
         found = estimate_run(configured(recipe, digits), digits, CPU)

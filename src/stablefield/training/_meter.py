@@ -58,9 +58,14 @@ def bin_edges(noise_levels: NoiseLevels, process: Process) -> tuple[float, ...]:
 
 
 class Stopwatch:
-    """Seconds between `start` and `stop`, summed; on CUDA by events, which do not wait for the device."""
+    """Seconds between `start` and `stop`, summed; on CUDA by events, which do not wait for the device.
+
+    Attributes:
+        ahead: seconds of the sum that are for later steps, as of targets that are computed for several steps together.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self.ahead = 0.0
         self._cuda = device.type == "cuda"
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -97,6 +102,8 @@ class Stopwatch:
 class Meter:
     """Sums over consecutive steps of one process.
 
+    What the stopwatch has measured ahead counts for the steps that it is for.
+
     Args:
         edges: of the bins, see `bin_edges`.
         device: of the losses.
@@ -106,7 +113,8 @@ class Meter:
     def __init__(self, edges: tuple[float, ...], device: torch.device, target: Stopwatch) -> None:
         self._edges = torch.tensor(edges, dtype=torch.float32, device=device)
         self._sums = torch.zeros(3, len(edges) + 1, dtype=torch.float32, device=device)
-        self._target, self._target_began = target, target.seconds()
+        self._target, self._ahead = target, target.ahead
+        self._target_began = target.seconds() - target.ahead
         self._images = 0
         self._seconds = 0.0
         self._clock = time.perf_counter()
@@ -136,12 +144,14 @@ class Meter:
         """The means over these steps, with `sums` over all processes if there are several."""
         loss, removed, rows = (self._sums if sums is None else sums).double().cpu()
         count = max(1.0, float(rows.sum()))
+        seconds = max(1e-9, self._seconds + self._ahead - self._target.ahead)
+        target = self._target.seconds() - self._target.ahead - self._target_began
         return Report(
             step=step,
             loss=float(loss.sum()) / count,
             variance_removed=float(removed.sum()) / count,
-            images_per_second=self._images / max(1e-9, self._seconds),
-            target_share=min(1.0, (self._target.seconds() - self._target_began) / max(1e-9, self._seconds)),
+            images_per_second=self._images / seconds,
+            target_share=min(1.0, target / seconds),
             bin_loss=tuple((loss / rows).tolist()),
             bin_removed=tuple((removed / rows).tolist()),
         )

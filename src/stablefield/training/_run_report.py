@@ -45,6 +45,8 @@ SEEDS = 64
 """Images of a sample grid."""
 # Points of a line, and grids of a report.
 _POINTS, _GRIDS, _SMALL = 200, 5, 440
+# Lines of the log that the last pace is the mean of.
+_RECENT = 4
 _ENVIRONMENT = {"step": int, "started": str, "device": str, "processes": int, "stablefield": str}
 _ENVIRONMENT |= {"torch": str, "python": str}
 
@@ -77,7 +79,7 @@ class RunReport(Result):
     @property
     def seconds_left(self) -> float | None:
         """Time for the steps that are left, at the last pace, without pictures and checkpoints; None if unknown."""
-        speed = self._last("images_per_second")
+        speed, _ = self._pace
         return (self.config.recipe.steps - self.step) * self.config.recipe.batch / speed if speed else None
 
     @property
@@ -195,6 +197,18 @@ class RunReport(Result):
     def _last(self, name: str) -> float | None:
         return next((float(line[name]) for line in reversed(self.lines) if name in line), None)
 
+    @property
+    def _pace(self) -> tuple[float | None, float | None]:
+        """Images per second and the share of noise and target, over the last lines since the training went on."""
+        began = self.environment[-1]["step"] if self.environment else 0
+        timed = [line for line in self.lines if line.get("images_per_second")]
+        last = [line for line in timed if line["step"] > began][-_RECENT:] or timed[-1:]
+        if not last:
+            return None, None
+        times = [1 / line["images_per_second"] for line in last]  # of an image
+        shares = math.fsum(t * line.get("target_share", 0.0) for t, line in zip(times, last, strict=True))
+        return len(last) / math.fsum(times), shares / math.fsum(times)
+
     def _earlier(self, name: str) -> str:
         """Where the last value is from, such as "at step 200", if there are later lines; else empty."""
         step = next((line["step"] for line in reversed(self.lines) if name in line), self.step)
@@ -217,10 +231,9 @@ class RunReport(Result):
                 found.append(
                     KeyFigure(value=value if error is None else Estimate(value, error), label=label, note=about)
                 )
-        speed = self._last("images_per_second")
+        speed, share = self._pace
         if speed:
             left = self.seconds_left if self.training else None
-            share = self._last("target_share")
             note = f"about {duration(left)} left" if left else f"noise and target take {share:.0%}" if share else ""
             found.append(
                 KeyFigure(
@@ -234,6 +247,8 @@ class RunReport(Result):
         names = ("loss", "loss_minus_floor", "fixed_loss", "held_out_loss", "held_out_gap", "floor", "frechet")
         for name in (*names, "images_per_second"):
             value, error = self._last(name), self._last(f"{name}_error")
+            if name == "images_per_second":
+                value, _ = self._pace
             if value is not None:
                 text = f"{value:.4g}" + (f" ± {error:.1g}" if error else "")
                 rows.append((name.replace("_", " "), f"{text} {self._earlier(name)}".rstrip()))

@@ -88,6 +88,8 @@ class Stepper:
             self._graphs = CudaGraph(self._example, self._device), CudaGraph(self._loss_and_gradient, self._device)
         self.steps_together = steps_together(recipe, config.shape, self._device, feed)
         self._prepared: dict[int, list[tuple[Example, Tensor | None]]] = {}
+        # Seconds of a block of targets for each of the steps that are left of it.
+        self._share = 0.0
         self.target_watch = Stopwatch(self._device)
 
     def take(self, step: int) -> list[ObjectiveValue]:
@@ -127,9 +129,12 @@ class Stepper:
     def examples(self, step: int) -> Iterator[tuple[Example, Tensor | None]]:
         """This process's prepared parts of the batch of `step`, each with its augmentation labels."""
         if self.steps_together > 1:
+            place = step % self.steps_together
             if step not in self._prepared:
-                first = step - step % self.steps_together
+                first, before = step - place, self.target_watch.seconds()
                 self._prepared = self._prepare(range(first, first + self.steps_together))
+                self._share = (self.target_watch.seconds() - before) / (self.steps_together - place)
+            self.target_watch.ahead = self._share * (self.steps_together - 1 - place)
             yield from self._prepared[step]
             return
         for pool, inputs, augment_labels in self._inputs(step):
