@@ -13,6 +13,7 @@ from PIL import Image
 
 import stablefield as sf
 from stablefield.cli.entry import main
+from stablefield.data._digits import open_digits
 from stablefield.data._png import write_png
 from stablefield.training import _grids, _report_writer, _run_report
 from stablefield.training._grids import picked, write_animation
@@ -154,6 +155,46 @@ def test_the_pace_of_a_report_is_that_of_its_last_lines_since_the_training_went_
         assert dataclasses.replace(now, training=False)._key_figures()[-1].value == pytest.approx(
             images / used, rel=0.02
         )
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+def test_reports_and_estimates_tell_images_from_their_draws(tmp_path: Path, draws: int) -> None:
+    recipe = Recipe(
+        network=MLPConfig(width=16, depth=1),
+        steps=100,
+        batch=128,
+        draws_per_image=draws,
+        antithetic=draws > 1,
+        importance_sampling=draws > 1,
+        noise_levels=sf.LogNormal(0.5, 1.25),
+        references=128,
+        noise_band=1.0,
+        sample_every=0,
+    )
+    plan = sf.training.make_plan(open_digits(), recipe, device="cpu")
+    run = sf.train(plan, out=tmp_path / "run", device="cpu", stop=lambda: True)
+    report = run.report()
+    settings, speed = dict(report._settings().rows), report._key_figures()[-1]
+    steps = report._key_figures()[0].note
+    told = dict(plan.estimate("cpu").rows())["steps"]
+    assert settings["noise levels"].startswith("LogNormal(stratified=False, mean=0.5, std=1.25)")
+    if draws == 1:
+        assert told == "100 of 128: 12,800 images, 7.1 epochs"  # of 1,797
+        assert steps == "of 100, 128 images each"
+        assert speed.label == "images per second"
+        assert "draws" not in settings
+        assert settings["averages"].endswith(" images")
+        assert "importance" not in settings["noise levels"]
+    else:
+        assert told == "100 of 128 rows of 32 images: 3,200 images, 1.8 epochs"
+        assert steps == "of 100, 128 rows of 32 images each"
+        assert settings["steps"] == "100 of 128 rows of 32 images, seed 0"
+        assert speed.label == "noisy images per second"
+        assert settings["draws"] == "4 of each image, in pairs of opposite noise"
+        assert settings["learning rate"].endswith("20,000 noisy images")
+        assert settings["averages"].endswith(" noisy images")
+        assert settings["noise levels"].endswith(", importance sampling")
+        assert "noisy images per second" in str(report)
 
 
 def test_the_command_writes_the_report_and_the_animation(

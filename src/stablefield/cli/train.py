@@ -326,8 +326,9 @@ def _print_budget(plan: Plan, recipe: Recipe) -> None:
     looks = f"a picture every {found.sample_every:,} steps" if found.sample_every else "one picture, at the end"
     if found.sample_every >= found.steps:
         looks = "two pictures, one early and one at the end"
+    counted = "noisy images" if found.draws_per_image > 1 else "images"
     console.print(
-        f"            ramp {found.ramp_images:,} images, half-life of the averages {found.ema_half_life:,.0f}, {looks}"
+        f"            ramp {found.ramp_images:,} {counted}, half-life of the averages {found.ema_half_life:,.0f}, {looks}"
     )
 
 
@@ -355,9 +356,10 @@ def _print_beginning(run: Run, data: ImageSet) -> None:
     recipe, processes = run.config.recipe, Ranks.launched(run.device).world_size
     many = f" x {processes} processes" if processes > 1 else ""
     what = "images" if data.scaling is None else "samples"
+    draws = f" rows of {recipe.images_per_step}" if recipe.draws_per_image > 1 else ""
     console.print(
         f"[bold]{recipe.target.upper()}[/] on {escape(data.name)}: {len(data):,} {what} of "
-        f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {run.device}{many}"
+        f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}{draws}, on {run.device}{many}"
     )
     if processes > 1:
         console.print(

@@ -148,7 +148,7 @@ class ModelCard:
             target = f"the stable target, references: {references}, noise band: {recipe.noise_band}"
         rows = [
             ("regressed on", target),
-            ("steps", f"{self.step:,} of {recipe.batch:,} images"),
+            ("steps", f"{self.step:,} of {recipe.batch_in_words}"),
             ("weights", f"average: {self.ema}"),
             ("network", str(recipe.network)),
             ("process", str(recipe.process)),

@@ -143,14 +143,16 @@ def estimate_run(
     costs = _costs(recipe, seconds, target_seconds, setup, 4 * copies * parameters, decoding)
     parts = _parts(config, costs, done, evaluate_every, evaluate_samples)
     left = recipe.steps - done
-    images, epochs = left * recipe.batch, left * recipe.images_per_step / (len(data) if rows is None else len(rows))
+    images = left * recipe.images_per_step
+    epochs = images / (len(data) if rows is None else len(rows))
+    batch = recipe.batch_in_words if recipe.draws_per_image > 1 else f"{recipe.batch}"
     many = f"all, in {accelerator.num_processes} parts" if placement == "sharded" else str(recipe.references)
     return RunEstimate(
         images=f"{len(data):,} of {'x'.join(map(str, data.shape))}, {size_text(data.images.nbytes)}",
         parameters=parameters,
         state_bytes=4 * copies * parameters,
         peak_bytes=peak,
-        steps=f"{left:,}{f' of {recipe.steps:,} left,' if done else ''} of {recipe.batch}: {images:,} images, "
+        steps=f"{left:,}{f' of {recipe.steps:,} left,' if done else ''} of {batch}: {images:,} images, "
         f"{f'{epochs:,.0f}' if epochs >= 10 else f'{epochs:.2g}'} epochs",
         references=f"{many} per step" if recipe.target == "stf" else "",
         seconds_per_step=seconds,

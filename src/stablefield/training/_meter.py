@@ -28,7 +28,7 @@ class Report:
         step: steps done.
         loss: mean loss.
         variance_removed: mean variance that the references removed from the loss, in its units.
-        images_per_second: over all processes, without checkpoints and pictures.
+        images_per_second: noisy images, over all processes, without checkpoints and pictures.
         target_share: share of the time for noise and target.
         bin_loss: mean loss per noise-level bin; nan for bins without rows.
         bin_removed: mean variance removed per bin.

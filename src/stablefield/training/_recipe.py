@@ -268,7 +268,7 @@ class Recipe:
     learning_rate: float = 1e-3
     """Adam's learning rate, after the ramp."""
     ramp_images: int = 20_000
-    """Images over which the learning rate rises linearly from 0; 0 for no ramp."""
+    """Noisy images over which the learning rate rises linearly from 0, so each draw of an image counts; 0 for no ramp."""
     decay_share: float = 0.3
     """Last share of the steps over which the learning rate falls linearly to 0."""
     max_grad_norm: float = 1.0
@@ -276,10 +276,10 @@ class Recipe:
     nan_to_num: bool = False
     """Set gradients that are NaN to 0 and infinite ones to 1e5; losses must still be finite."""
     ema_half_life: float = 50_000
-    """Half-life of the averaged weights, in images."""
+    """Half-life of the averaged weights, in noisy images, so each draw of an image counts."""
     ema_ramp: float = 0.05
-    """Upper bound of the half-life as a share of the images seen, so that early weights do not stay in the averages. At 0
-    there is no averaging at all: to leave the bound out, pass 1, which is next to none."""
+    """Upper bound of the half-life as a share of the noisy images seen, so that early weights do not stay in the averages.
+    At 0 there is no averaging at all: to leave the bound out, pass 1, which is next to none."""
     ema_snapshot_every: int = 0
     """Steps between snapshots of two power-function averages, for `stablefield ema`; 0 for none."""
     augmentation: float = 0.0
@@ -368,6 +368,12 @@ class Recipe:
     def images_per_step(self) -> int:
         """Different images in a batch."""
         return self.batch // self.draws_per_image
+
+    @property
+    def batch_in_words(self) -> str:
+        """A batch, such as "128 images", or "128 rows of 32 images" with several draws of each image."""
+        draws = f" rows of {self.images_per_step:,}" if self.draws_per_image > 1 else ""
+        return f"{self.batch:,}{draws} images"
 
     @property
     def early_grids(self) -> frozenset[int]:

@@ -152,9 +152,10 @@ class RunReport(Result):
             real = self._curve("as many real images", _of("frechet_floor"))
             lines = [distance] + ([] if real is None else [dataclasses.replace(real, reference=True)])
             found["frechet"] = _chart(lines, "Frechet distance", "Frechet distance")
-        speed = self._curve("images per second", _of("images_per_second"))
+        unit = f"{self._counted} per second"
+        speed = self._curve(unit, _of("images_per_second"))
         if speed is not None and recipe.steps > 1:
-            found["speed"] = _chart([speed], "images per second", "Speed", zero=True)
+            found["speed"] = _chart([speed], unit, "Speed", zero=True)
         return found
 
     def page(self) -> Page:
@@ -172,7 +173,10 @@ class RunReport(Result):
             if name in charts
         )
         speed = [
-            Figure(dataclasses.replace(charts["speed"], title=""), alt="Images per second against the step.")
+            Figure(
+                dataclasses.replace(charts["speed"], title=""),
+                alt=f"{self._counted.capitalize()} per second against the step.",
+            )
             for _ in range("speed" in charts)
         ]
         environment: list[Block] = [self._where()] if self.environment else []
@@ -193,6 +197,11 @@ class RunReport(Result):
             + (", again at the next look; the page loads it" if self.training else ""),
             refresh=REFRESH if self.training else None,
         )
+
+    @property
+    def _counted(self) -> str:
+        """What the recipe and the log count as images."""
+        return "noisy images" if self.config.recipe.draws_per_image > 1 else "images"
 
     def _last(self, name: str) -> float | None:
         return next((float(line[name]) for line in reversed(self.lines) if name in line), None)
@@ -217,7 +226,7 @@ class RunReport(Result):
     def _key_figures(self) -> tuple[KeyFigure, ...]:
         recipe = self.config.recipe
         found = [
-            KeyFigure(value=f"{self.step:,}", label="steps", note=f"of {recipe.steps:,}, {recipe.batch} images each")
+            KeyFigure(value=f"{self.step:,}", label="steps", note=f"of {recipe.steps:,}, {recipe.batch_in_words} each")
         ]
         for name, label, note in (
             ("held_out_loss", "held-out loss", "averaged weights, fixed noise"),
@@ -237,7 +246,9 @@ class RunReport(Result):
             note = f"about {duration(left)} left" if left else f"noise and target take {share:.0%}" if share else ""
             found.append(
                 KeyFigure(
-                    value=round(speed) if speed >= 10 else float(f"{speed:.2g}"), label="images per second", note=note
+                    value=round(speed) if speed >= 10 else float(f"{speed:.2g}"),
+                    label=f"{self._counted} per second",
+                    note=note,
                 )
             )
         return tuple(found)
@@ -251,7 +262,8 @@ class RunReport(Result):
                 value, _ = self._pace
             if value is not None:
                 text = f"{value:.4g}" + (f" ± {error:.1g}" if error else "")
-                rows.append((name.replace("_", " "), f"{text} {self._earlier(name)}".rstrip()))
+                label = name.replace("images", self._counted).replace("_", " ")
+                rows.append((label, f"{text} {self._earlier(name)}".rstrip()))
         return rows
 
     def _curve(self, label: str, value: "_Getter", error: "_Getter | None" = None) -> Line | None:
@@ -333,10 +345,15 @@ class RunReport(Result):
             ("data", f"{config.data}: {count:,} of {sizes}" if isinstance(count, int) else config.data),
             ("network", str(recipe.network)),
             ("target", _target(recipe)),
-            ("steps", f"{recipe.steps:,} of {recipe.batch} images, seed {recipe.seed}"),
-            ("learning rate", f"{recipe.learning_rate:g}, ramp {recipe.ramp_images:,} images"),
-            ("averages", f"half-life {recipe.ema_half_life:,.0f} images"),
+            ("steps", f"{recipe.steps:,} of {recipe.batch_in_words}, seed {recipe.seed}"),
+            ("learning rate", f"{recipe.learning_rate:g}, ramp {recipe.ramp_images:,} {self._counted}"),
+            ("averages", f"half-life {recipe.ema_half_life:,.0f} {self._counted}"),
+            ("process", str(recipe.process)),
+            ("noise levels", f"{recipe.noise_levels}{', importance sampling' if recipe.importance_sampling else ''}"),
         ]
+        if recipe.draws_per_image > 1:
+            pairs = ", in pairs of opposite noise" if recipe.antithetic else ""
+            rows.append(("draws", f"{recipe.draws_per_image} of each image{pairs}"))
         if config.classes:
             rows.append(("classes", f"{config.classes}, label dropout {recipe.label_dropout:g}"))
         if config.held_out is not None:
