@@ -631,6 +631,12 @@ def test_an_integer_is_the_number_of_a_class_and_a_text_its_name(tmp_path: Path)
     for label, number in ((1, 1), (np.array([2, 0]), (2, 0)), ("1", 0), (["3", 0], (2, 0)), ("0", 0)):
         expected = number if isinstance(number, tuple) else (number,)
         assert run.sampler(class_label=label, steps=2, device="cpu").classes == expected
+    # Seed k takes the class at place k modulo their number, wherever it stands among the seeds.
+    for seeds in ([5, 2, 9, 0], [0, 5], range(3, 9)):
+        drawn = run.sample(seeds, class_label=[2, 0, 1], steps=2, device="cpu")
+        assert dict(zip(drawn.seeds, drawn.labels.tolist(), strict=True)) == {k: (2, 0, 1)[k % 3] for k in seeds}
+    told = " ".join((sf.Run.sample.__doc__ or "").split())
+    assert "of m classes, seed k takes the one at place k modulo m" in told
     with pytest.raises(ValueError, match=r"class_label=3: the run has classes 0 \(1\), 1 \(2\), 2 \(3\)"):
         run.sample(1, class_label=3, steps=2, device="cpu")
 

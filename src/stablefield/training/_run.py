@@ -148,9 +148,10 @@ class Run:
                 option that the latter two hold is an error here.
             steps: number of solver steps; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp.
             guidance_scale: scale of classifier-free guidance; 1 for none.
-            class_label: the class of all images, or several that the seeds take in turn. An integer is a class's number, -1
-                none; a text is its name, or its number where no class has that name. By default the seeds take all classes
-                in turn that the training data have images of.
+            class_label: the class of all images, or several: of m classes, seed k takes the one at place k modulo m, by its
+                own number and not by its place in `seeds`, so that a seed always has the same class. An integer is a
+                class's number, -1 none; a text is its name, or its number where no class has that name. By default all
+                classes that the training data have images of.
             ema: which average of the weights, as for `model`.
             checkpoint: which checkpoint, as for `model`.
             batch: images at a time.

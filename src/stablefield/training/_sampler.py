@@ -45,9 +45,9 @@ class SamplerOptions(SolverOptions):
     """How to draw images from a run."""
 
     class_label: str | int | Sequence[str | int] = ()
-    """Class of all images of a conditional run, or several that the seeds take in turn: names, or numbers if no class has
-    that name; -1 for none. By default the seeds take in turn all classes that the training data have images of, and in an
-    evaluation the classes have the proportions of the training data."""
+    """Class of all images of a conditional run, or several that the seeds take in turn, seed k the one at place k modulo
+    their number: names, or numbers if no class has that name; -1 for none. By default the seeds take in turn all classes
+    that the training data have images of, and in an evaluation the classes have the proportions of the training data."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance, or of guidance by a worse run (guide); 1 for none."""
     guidance_interval: tuple[float, float] | None = None
