@@ -70,11 +70,11 @@ def foreign_modules() -> Generator[None]:
             del sys.modules[name]
 
 
-def disguised(module: nn.Module, source: str) -> nn.Module:
+def disguised(module: nn.Module, source: str, **attributes: object) -> nn.Module:
     """`module` as the other program would hold it: the same names and tensors, classes that carry their source."""
     names = {"Encoder": "ModuleDict", "Decoder": "ModuleDict", "SongUNet": "SongUNet"}
     kind = type(module).__name__
-    copy = nn.ModuleDict() if names.get(kind) == "ModuleDict" else Persistent(kind, source, in_channels=3)
+    copy = nn.ModuleDict() if names.get(kind) == "ModuleDict" else Persistent(kind, source, in_channels=3, **attributes)
     for name, value in module._parameters.items():
         copy.register_parameter(name, value)
     for name, value in module._buffers.items():
@@ -91,11 +91,15 @@ def edm_file(
     protocol: int = 4,
     source: str = SOURCE,
     kind: str = "pickle",
+    inner: dict[str, object] | None = None,
     **attributes: object,
 ) -> bytes:
-    """A snapshot as the EDM family writes it: a dict with the averaged network and what was around it."""
+    """A snapshot as the EDM family writes it: a dict with the averaged network and what was around it.
+
+    `inner` holds attributes of the network itself, `attributes` those of its preconditioning.
+    """
     precond = Persistent(class_name, source, img_resolution=32, label_dim=0, use_fp16=False, **attributes)
-    precond._modules["model"] = disguised(network, source)
+    precond._modules["model"] = disguised(network, source, **(inner or {}))
     content = {
         "ema": precond,
         "loss_fn": Persistent("EDMLoss", source, P_mean=-1.2, P_std=1.2, sigma_data=0.5),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreign
 import numpy as np
 import pytest
 import torch
@@ -217,6 +218,29 @@ def test_diffusers_own_network_that_always_saw_a_class_takes_the_classes_in_turn
         pipe(class_labels=-1, **options)
     pipe.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "model_index.json").read_text())["label_dropout"] == 0
+
+
+def test_an_import_reads_the_label_dropout_of_a_published_network(tmp_path: Path) -> None:
+    network = SongUNet.ddpmpp(8, 1, 8, (1, 2), 1, classes=10, generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "net.pkl"
+    # The name and the default of the published network's attribute.
+    file.write_bytes(foreign.edm_file(network, inner={"label_dropout": 0}))
+    run = sf.interop.import_run(file, tmp_path / "never")
+    draws_with_classes_only(run)
+    run.export(tmp_path / "export", samples=0)
+    assert "-1 for none" not in (tmp_path / "export" / "README.md").read_text()
+    with pytest.raises(ValueError, match=f"guidance_scale is 2.0: the model {NEVER}"):
+        loaded(tmp_path / "export")(class_labels=1, guidance_scale=2.0)
+    for number, inner in enumerate(({"label_dropout": 0.1}, {}, {"label_dropout": None})):
+        file.write_bytes(foreign.edm_file(network, inner=inner))
+        run = sf.interop.import_run(file, tmp_path / str(number))
+        assert run.config.label_dropout == (0.1 if number == 0 else None)
+        drawn = run.sample(2, steps=1, class_label=[-1, 3], guidance_scale=2.0, device="cpu")
+        assert drawn.labels.tolist() == [-1, 3]
+    for odd in (2, float("nan"), "0", True):
+        file.write_bytes(foreign.edm_file(network, inner={"label_dropout": odd}))
+        with pytest.raises(ValueError, match=r"^net\.pkl is refused: its label_dropout is "):
+            sf.interop.import_run(file, tmp_path / "odd")
 
 
 @pytest.mark.parametrize("kind", ["plain", "diffusers"])

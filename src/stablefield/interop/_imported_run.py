@@ -55,7 +55,8 @@ def write_imported_run(path: str | Path, network: PublishedNetwork, source: str 
     """Write a run folder with the network's weights, at step 0, as both weights and their average.
 
     The recipe describes the network and the training that belongs to its preconditioning in the table of Karras et al. 2022.
-    The file does not hold the other details of its training, so they stay unknown; an export states the label dropout.
+    The file does not hold the other details of its training, so they stay unknown; a pickle of the EDM
+    family and an export state the label dropout.
 
     Args:
         path: a new or empty folder.

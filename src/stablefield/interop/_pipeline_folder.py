@@ -267,7 +267,7 @@ def named_preconditioning(kind: object, options: object) -> NamedPreconditioning
 
 
 def stated_label_dropout(record: Mapping[str, Any]) -> float | None:
-    """The label dropout that the JSON of an export states; None if it states none.
+    """The label dropout that the JSON of an export, or the attributes of a network, state; None if they state none.
 
     Raises:
         ValueError: if it is no share.

@@ -2,9 +2,9 @@ r"""Published networks: read a file of the EDM family, or a plain state dict, in
 
 A file of the EDM family is a pickled dict whose `ema` is an object of a preconditioning class that is saved with its source
 text: `EDMPrecond`, `VPPrecond` or `VEPrecond`, with the U-Net as its submodule `model`. This module uses only the class's
-name, its plain attributes and the tensors, never the source text. A file of SiT or DiT is a state dict, or a dict with one
-as `ema`; SiT's checkpoints have the options of the training beside it, which name path and prediction. The config.json
-beside an export as plain files states all that its weights do not.
+name, its plain attributes, the U-Net's label dropout and the tensors, never the source text. A file of SiT or DiT is a
+state dict, or a dict with one as `ema`; SiT's checkpoints have the options of the training beside it, which name path and
+prediction. The config.json beside an export as plain files states all that its weights do not.
 
 References:
     Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
@@ -31,7 +31,12 @@ from stablefield.diffusion._preconditioning import (
 )
 from stablefield.interop._architecture import Architecture, infer_architecture
 from stablefield.interop._inert import MAX_AXES, Array, Node, RefusedError, TensorView, plain_text
-from stablefield.interop._pipeline_folder import ExportConfig, read_pipeline_config, read_pipeline_manifest
+from stablefield.interop._pipeline_folder import (
+    ExportConfig,
+    read_pipeline_config,
+    read_pipeline_manifest,
+    stated_label_dropout,
+)
 from stablefield.interop._plain_export import read_plain_config
 from stablefield.interop._sit_architecture import SiTArchitecture, infer_sit, is_sit
 from stablefield.interop._weight_files import MAX_TENSORS, read_weight_file
@@ -67,7 +72,8 @@ class PublishedNetwork:
         state: the network's tensors, float32, under the names of `SongUNet` or `SiT`.
         origin: their location in the file, and the source of the preconditioning.
         manifest: of the data, if config.json states it: the names of the classes, the scaling of float data, the
-            autoencoder; and the label dropout of the training, if that file or the model_index.json of a pipeline states it.
+            autoencoder; and the label dropout of the training, if the file, config.json or the model_index.json of a
+            pipeline states it.
     """
 
     architecture: Architecture | SiTArchitecture
@@ -170,7 +176,7 @@ def read_published(
         preconditioning=found_preconditioning,
         state=tensors,
         origin=f"{where}; {how}",
-        manifest={} if found.class_name else read_pipeline_manifest(path),
+        manifest=found.manifest if found.class_name else read_pipeline_manifest(path),
     )
 
 
@@ -218,6 +224,8 @@ class _Found:
     tensors: Mapping[str, Tensor | TensorView]
     options: Mapping[str, object] = field(default_factory=dict[str, object])
     """Of the training, if the file has them."""
+    manifest: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Of the data, as far as the file states one."""
 
 
 def _network(value: object) -> tuple[_Found, str]:
@@ -256,7 +264,13 @@ def _of_node(node: Node) -> _Found:
     tensors: dict[str, Tensor | TensorView] = {}
     left = [_MAX_ENTRIES]
     _collect(node, "", tensors, left, 0)
-    return _Found(node.class_name, node.attributes, tensors)
+    inner = _entries(node, "_modules").get("model")
+    try:
+        share = stated_label_dropout(inner.attributes) if isinstance(inner, Node) else None
+    except ValueError as error:
+        raise RefusedError(f"{error}, which is no share of the training's rows.") from error
+    manifest = {} if share is None else {"label_dropout": share}
+    return _Found(node.class_name, node.attributes, tensors, manifest=manifest)
 
 
 def _collect(node: Node, prefix: str, into: dict[str, Tensor | TensorView], left: list[int], depth: int) -> None:
