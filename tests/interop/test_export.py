@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -498,6 +499,76 @@ def test_what_the_config_of_a_plain_export_states_is_imported_with_its_weights(t
     (tmp_path / "plain" / "config.json").write_text('{"model_type": "of another library"}')
     with pytest.raises(ValueError, match="holds only weights and does not state their preconditioning"):
         read_published(file, heads=2)
+
+
+def test_what_the_files_of_a_pipeline_state_is_imported_with_its_weights(tmp_path: Path) -> None:
+    # No published width shows its heads, and neither number is the default.
+    network = SiT((8, 12), 2, 4, 16, 1, 2, classes=2, generator=torch.Generator().manual_seed(0))
+    denoiser = sf.Denoiser(network, sf.EDMPreconditioning(1.0)).eval()
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    scaling = Scaling(mean=(0.5, 0.0, -1.0, 5.0), std=(2.0, 1.0, 0.1, 3.0), dtype="float64")
+    write_pipeline(
+        tmp_path / "pipe", denoiser, (4, 8, 12), class_names=("ant", "bee"), scaling=scaling, label_dropout=0.0
+    )
+    folder = tmp_path / "pipe" / "unet"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    x, sigma, labels = torch.randn(2, 4, 8, 12), torch.tensor([0.5, 3.0]), torch.tensor([0, 1])
+    expected = denoiser(x, sigma, labels)
+    run = sf.interop.import_run(file, tmp_path / "run")
+    assert torch.equal(run.model().denoiser(x, sigma, labels), expected)
+    assert run.config.recipe.preconditioning == sf.EDMPreconditioning(1.0)
+    assert (run.config.scaling, run.config.class_names, run.config.label_dropout) == (scaling, ("ant", "bee"), 0.0)
+    assert run.sample(2, steps=2, class_label="bee", device="cpu").images.dtype == np.float64
+    with pytest.raises(
+        ValueError, match=r"^preconditioning=vp contradicts the config\.json beside .*, which states edm"
+    ):
+        read_published(file, "vp")
+    with pytest.raises(ValueError, match=r"^heads=4 contradicts the config\.json beside .*, which states 2"):
+        read_published(file, heads=4)
+    # A copy of the folder has the network's own settings still.
+    shutil.copytree(folder, tmp_path / "copy")
+    alone = read_published(tmp_path / "copy" / file.name)
+    assert torch.equal(alone.denoiser()(x, sigma, labels), expected)
+    assert alone.manifest == {}
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    for change, words in (
+        ({"id2label": {"1": "ant"}}, "model_index.json cannot be used: its id2label is"),
+        (
+            {"scaling": scaling.record | {"mean": [0.0], "std": [1.0]}},
+            "its in_channels are 4, and the pipeline's scaling",
+        ),
+    ):
+        (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index | change))
+        with pytest.raises(ValueError, match=words):
+            read_published(file)
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"options": config["options"] | {"heads": "2"}}))
+    with pytest.raises(ValueError, match=r"config\.json cannot be used: its network has heads 2"):
+        read_published(file)
+
+
+def test_a_pipeline_of_latents_is_imported_with_its_autoencoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, mid_block_add_attention=False, **blocks)
+    denoiser = sf.Denoiser(SiT((4, 6), 2, 4, 16, 1, 2), sf.FlowPreconditioning()).eval()
+    scaling = Scaling(mean=(0.1, -2.0, 3.0, 0.0), std=(1.0, 0.5, 2.0, 4.0), dtype="float32")
+    autoencoder = Autoencoder(model, device="cpu")
+    write_pipeline(tmp_path / "pipe", denoiser, (4, 4, 6), scaling=scaling, autoencoder=autoencoder)
+    file = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
+    run = sf.interop.import_run(file, tmp_path / "run")
+    record = run.config.autoencoder
+    assert record is not None
+    assert (record.place, record.sha256) == (str((tmp_path / "pipe" / "vae").resolve()), autoencoder.sha256)
+    latents = run.sample(4, steps=2, device="cpu", decode=False).images
+    assert (latents.dtype, latents.shape) == (np.float32, (4, 4, 4, 6))
+    with torch.no_grad():
+        expected = model.decode(torch.from_numpy(latents)).sample.clamp(-1, 1)
+    drawn = run.sample(4, steps=2, device="cpu").images
+    np.testing.assert_allclose(drawn / 127.5 - 1, expected.numpy(), rtol=0, atol=0.51 / 127.5)
 
 
 def test_card_of_an_imported_network_claims_nothing_of_its_training() -> None:

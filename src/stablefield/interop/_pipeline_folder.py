@@ -25,6 +25,7 @@ from stablefield.data._scaling import Scaling
 from stablefield.diffusion import _preconditioning as preconditioning
 from stablefield.diffusion._preconditioning import PRECONDITIONINGS, Denoiser, NamedPreconditioning
 from stablefield.interop._architecture import infer_architecture
+from stablefield.interop._inert import plain_text
 from stablefield.interop._source_bundle import bundle
 from stablefield.networks import _blocks as blocks
 from stablefield.networks import _dropout as dropout
@@ -51,7 +52,8 @@ __all__ = [
     "new_folder",
     "preconditioning_options",
     "read_pipeline_config",
-    "read_pipeline_manifest",
+    "read_unet_config",
+    "stated_heads",
     "stated_label_dropout",
     "write_pipeline",
 ]
@@ -67,10 +69,11 @@ class ExportConfig:
     Attributes:
         kind: of the preconditioning, such as "edm".
         preconditioning: with its numbers.
-        heads: of a transformer's attention; None for other networks, and where it is not read.
+        heads: of a transformer's attention; None for other networks.
         shape: of one sample.
         manifest: of the data: the names of the classes, the scaling of float data, and the autoencoder, if there are any;
             and the label dropout of the training, if it is stated.
+        vae: the folder of the autoencoder that a pipeline includes, if it is one of latents.
     """
 
     kind: str
@@ -78,6 +81,7 @@ class ExportConfig:
     heads: int | None
     shape: tuple[int, ...]
     manifest: Mapping[str, Any]
+    vae: Path | None = None
 
 
 def write_pipeline(
@@ -191,29 +195,6 @@ def new_folder(path: Path) -> Generator[None]:
         raise ValueError(f"out={path} cannot be written ({error.strerror}): name another place.") from error
 
 
-def read_pipeline_manifest(weights: Path) -> dict[str, Any]:
-    """What the model_index.json of a pipeline states of the network whose weights are in the folder `unet` beside it.
-
-    Returns:
-        Its `label_dropout`, if that is stated; empty if there is no pipeline of `write_pipeline`.
-
-    Raises:
-        ValueError: if what it states cannot be used.
-    """
-    path = weights.absolute().parent.with_name("model_index.json")
-    try:
-        record = parse(read_limited(path))
-    except (OSError, ValueError):
-        return {}  # of another program, or none
-    if weights.absolute().parent.name != "unet" or record.get("_class_name") not in (_CLASS, _CLASS[1]):
-        return {}
-    try:
-        share = stated_label_dropout(record)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}: export the pipeline again.") from error
-    return {} if share is None else {"label_dropout": share}
-
-
 def read_pipeline_config(folder: Path) -> ExportConfig | None:
     """What a pipeline states of its network: in what it was trained, not in what diffusers calls it.
 
@@ -223,35 +204,95 @@ def read_pipeline_config(folder: Path) -> ExportConfig | None:
     Raises:
         ValueError: if a file is damaged, or what it states cannot be used; names the file.
     """
-    path = folder / "model_index.json"
-    index = parse(read_limited(path))
-    if index.get("_class_name") not in (_CLASS, _CLASS[1]):
-        return None
+    index = parse(read_limited(folder / "model_index.json"))
+    return _pipeline_config(folder / "unet", index) if index.get("_class_name") in (_CLASS, _CLASS[1]) else None
+
+
+def read_unet_config(weights: Path) -> ExportConfig | None:
+    """What is stated of the network whose weights are in the folder `unet` of a pipeline, or alone in a copy of that.
+
+    Returns:
+        None if the files around the weights are not of `write_pipeline`.
+
+    Raises:
+        ValueError: if what they state cannot be used; names the file.
+    """
+    folder = weights.absolute().parent
     try:
-        scaling = Scaling.of_manifest(index)
-        path = folder / "unet" / "config.json"
+        index = parse(read_limited(folder.with_name("model_index.json")))
+    except (OSError, ValueError):
+        index = {}  # of another program, or none
+    if folder.name == "unet" and index.get("_class_name") in (_CLASS, _CLASS[1]):
+        return _pipeline_config(folder, index)
+    try:
+        own = parse(read_limited(folder / "config.json"))
+    except (OSError, ValueError):
+        return None
+    return _pipeline_config(folder, {}) if own.get("_class_name") == "StablefieldUNet" else None
+
+
+def _pipeline_config(folder: Path, index: Mapping[str, Any]) -> ExportConfig:
+    """What the files in the folder `unet` state, and the content of the model_index.json."""
+    path = folder.with_name("model_index.json")
+    try:
+        scaling, share, names = Scaling.of_manifest(index), stated_label_dropout(index), _class_names(index)
+        path = folder / "config.json"
         unet = parse(read_limited(path))
         if "preconditioning" in unet:
             kind, options = unet["preconditioning"], unet.get("preconditioning_options")
             options = {"sigma_data": unet.get("sigma_data", 0.5)} if kind == "edm" else options
         else:  # diffusers' own model, always in EDM's
-            path = folder / "scheduler" / "scheduler_config.json"
+            path = folder.with_name("scheduler") / "scheduler_config.json"
             kind, options = "edm", {"sigma_data": parse(read_limited(path)).get("sigma_data", 0.5)}
         channels, sides = unet.get("in_channels"), unet.get("sample_size")
         shape = (channels, *(sides if isinstance(sides, list) else (sides, sides)))
         if not all(type(size) is int and size > 0 for size in shape):
             raise ValueError(f"its in_channels and sample_size are {str(shape)[:40]}")
+        if scaling is not None and len(scaling.mean) != channels:
+            raise ValueError(f"its in_channels are {channels}, and the pipeline's scaling has {len(scaling.mean)}")
         preconditioning = named_preconditioning(kind, options)
+        heads = stated_heads(unet)
     except (OSError, ValueError, TypeError, OverflowError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else reason(cast("Exception", error))
         raise ValueError(f"{path} cannot be used: {text}: export the pipeline again") from error
+    manifest: dict[str, Any] = {}
+    if names is not None:
+        manifest["class_names"] = names
+    if share is not None:
+        manifest["label_dropout"] = share
+    if scaling is not None:
+        manifest["scaling"] = scaling.record
     return ExportConfig(
         kind=str(kind),
         preconditioning=preconditioning,
-        heads=None,
+        heads=heads,
         shape=cast("tuple[int, ...]", shape),
-        manifest={} if scaling is None else {"scaling": scaling.record},
+        manifest=manifest,
+        vae=folder.with_name("vae") if index.get("vae") and scaling is not None else None,
     )
+
+
+def _class_names(index: Mapping[str, Any]) -> list[str] | None:
+    """The names of the classes by number, if a model_index.json states them."""
+    names: Any = index.get("id2label")
+    if names is None:
+        return None
+    if not isinstance(names, dict) or set(cast("dict[str, Any]", names)) != set(map(str, range(len(names)))):
+        raise ValueError(f"its id2label is {str(names)[:40]}")
+    return [plain_text(str(names[str(number)])) for number in range(len(names))]
+
+
+def stated_heads(network: Mapping[str, Any]) -> int | None:
+    """The heads of a SiT whose kind and options the JSON of an export states; None for other networks.
+
+    Raises:
+        ValueError: if they are no number.
+    """
+    options: Any = network.get("options")
+    heads: Any = options.get("heads") if isinstance(options, dict) and network.get("kind") == "sit" else None
+    if heads is not None and (not isinstance(heads, int) or isinstance(heads, bool) or heads < 1):
+        raise ValueError(f"its network has heads {str(heads)[:40]}")
+    return heads
 
 
 def named_preconditioning(kind: object, options: object) -> NamedPreconditioning:

@@ -22,6 +22,7 @@ from stablefield.interop._pipeline_folder import (
     network_options,
     new_folder,
     preconditioning_options,
+    stated_heads,
     stated_label_dropout,
 )
 from stablefield.training._files import write_tensors
@@ -108,11 +109,9 @@ def read_plain_config(weights: Path) -> ExportConfig | None:
 def _plain_config(record: Mapping[str, Any], stated: Mapping[str, Any]) -> ExportConfig:
     kind, network = stated.get("kind"), record["network"]
     preconditioning = named_preconditioning(kind, stated.get("options"))
-    if not isinstance(network, dict) or not isinstance(found := network.get("options"), dict):
+    if not isinstance(network, dict) or not isinstance(network.get("options"), dict):
         raise ValueError(f"its network is {str(network)[:80]}")
-    heads: Any = cast("dict[str, Any]", found).get("heads") if network.get("kind") == "sit" else None
-    if heads is not None and (not isinstance(heads, int) or isinstance(heads, bool) or heads < 1):
-        raise ValueError(f"its network has heads {str(heads)[:40]}")
+    heads = stated_heads(cast("dict[str, Any]", network))
     shape: Any = record.get("shape")
     if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"its shape is {str(shape)[:40]}")

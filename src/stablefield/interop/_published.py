@@ -4,7 +4,7 @@ A file of the EDM family is a pickled dict whose `ema` is an object of a precond
 text: `EDMPrecond`, `VPPrecond` or `VEPrecond`, with the U-Net as its submodule `model`. This module uses only the class's
 name, its plain attributes, the U-Net's label dropout and the tensors, never the source text. A file of SiT or DiT is a
 state dict, or a dict with one as `ema`; SiT's checkpoints have the options of the training beside it, which name path and
-prediction. The config.json beside an export as plain files states all that its weights do not.
+prediction. The config.json of an export, and the model_index.json of a pipeline, state all that its weights do not.
 
 References:
     Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from stablefield._shapes import check_choice
+from stablefield.data._autoencoder import Autoencoder
 from stablefield.diffusion._preconditioning import (
     PRECONDITIONINGS,
     Denoiser,
@@ -34,7 +35,7 @@ from stablefield.interop._inert import MAX_AXES, Array, Node, RefusedError, Tens
 from stablefield.interop._pipeline_folder import (
     ExportConfig,
     read_pipeline_config,
-    read_pipeline_manifest,
+    read_unet_config,
     stated_label_dropout,
 )
 from stablefield.interop._plain_export import read_plain_config
@@ -71,9 +72,8 @@ class PublishedNetwork:
         preconditioning: the scalings around it.
         state: the network's tensors, float32, under the names of `SongUNet` or `SiT`.
         origin: their location in the file, and the source of the preconditioning.
-        manifest: of the data, if config.json states it: the names of the classes, the scaling of float data, the
-            autoencoder; and the label dropout of the training, if the file, config.json or the model_index.json of a
-            pipeline states it.
+        manifest: of the data, if config.json or model_index.json states it: the names of the classes, the scaling of float
+            data, the autoencoder; and the label dropout of the training, if one of the two or the file states it.
     """
 
     architecture: Architecture | SiTArchitecture
@@ -113,7 +113,9 @@ def read_published(
     Raises:
         RefusedError: naming the content that is not supported or does not fit.
         ValueError: if there is no such file, the preconditioning or the heads are neither stated nor given, or what is given
-            differs from what is stated; or if the config.json or the model_index.json of an export cannot be used.
+            differs from what is stated; or if the config.json, the model_index.json or the autoencoder of an export cannot
+            be used.
+        ImportError: if a pipeline includes an autoencoder, and diffusers is not installed.
     """
     path = Path(path)
     if preconditioning is not None:
@@ -126,7 +128,7 @@ def read_published(
         transformer = is_sit(state)
         if heads is not None and not transformer:
             raise ValueError(f"heads={heads}: {name} holds a U-Net, which shows its own attention; leave heads out.")
-        stated = read_plain_config(path) if not found.class_name else None
+        stated = None if found.class_name else read_plain_config(path) or read_unet_config(path)
         if stated is not None and transformer:
             if heads not in (None, stated.heads):
                 raise ValueError(
@@ -160,7 +162,7 @@ def read_published(
             preconditioning=stated.preconditioning,
             state=tensors,
             origin=f"{where}; preconditioning of its config.json",
-            manifest=stated.manifest,
+            manifest=_with_autoencoder(stated),
         )
     if known is None and preconditioning is None:
         choices = "flow for SiT's weights, or ddpm for DiT's" if transformer else "edm, vp or ve"
@@ -176,8 +178,16 @@ def read_published(
         preconditioning=found_preconditioning,
         state=tensors,
         origin=f"{where}; {how}",
-        manifest=found.manifest if found.class_name else read_pipeline_manifest(path),
+        manifest=found.manifest,
     )
+
+
+def _with_autoencoder(stated: ExportConfig) -> Mapping[str, Any]:
+    """The manifest, with the autoencoder that a pipeline of latents includes."""
+    if stated.vae is None:
+        return stated.manifest
+    found = Autoencoder.open(stated.vae, "cpu")
+    return {**stated.manifest, "autoencoder": found.record(found.image_shape(stated.shape)).record}
 
 
 def read_export(folder: Path) -> ExportConfig | None:
