@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 
 import foreign
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -274,3 +276,42 @@ def test_import_makes_a_run_that_samples_and_exports(kind: str, tmp_path: Path, 
     write_plain(tmp_path / "plain", model.denoiser, (1, 8, 8))
     again = read_published(tmp_path / "plain" / "model.safetensors", kind).denoiser()
     assert torch.equal(again(x, 3.0, labels), expected)
+
+
+def test_latents_of_a_network_that_states_no_scaling_are_floats_as_it_sees_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=4, scaling_factor=0.3, shift_factor=0.2, **blocks)
+    vae.save_pretrained(tmp_path / "vae")
+    made = network(8, 2, 4, 64, 1, 4, classes=3, learn_sigma=True)
+    torch.save(made.state_dict(), tmp_path / "net.pt")
+    run = sf.interop.import_run(tmp_path / "net.pt", tmp_path / "run", preconditioning="flow")
+    drawn = run.sample(8, steps=4, device="cpu")
+    assert (drawn.images.dtype, drawn.images.shape) == (np.float32, (8, 4, *made.size))
+    np.testing.assert_array_equal(run.sample(8, steps=4, device="cpu", decode=False).images, drawn.images)
+    assert np.abs(drawn.images).max() > 1
+    # diffusers' own rule of the autoencoder's scaling.
+    with torch.no_grad():
+        expected = vae.decode(torch.from_numpy(drawn.images) / 0.3 + 0.2).sample.clamp(-1, 1)
+    decoded = run.sample(8, steps=4, device="cpu", vae=tmp_path / "vae").images
+    np.testing.assert_allclose(decoded / 127.5 - 1, expected.numpy(), rtol=0, atol=0.51 / 127.5)
+    with np.load(drawn.save(tmp_path / "latents.npz")) as saved:
+        np.testing.assert_array_equal(saved["data"], drawn.images)
+    assert status("sample", run.path, "--seeds", "0-7", "--steps", 4, "--out", tmp_path / "latents.npy") == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "latents.npy"), drawn.images)
+
+    run.export(tmp_path / "pipe")
+    assert not (tmp_path / "pipe" / "samples.png").exists()
+    card = (tmp_path / "pipe" / "README.md").read_text()
+    assert ".images  # a tensor, as the network sees them" in card
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True)
+    z = torch.randn(3, 4, *made.size, dtype=torch.float64)
+    options = {"latents": z, "class_labels": 1, "num_inference_steps": 4}
+    found = pipe(**options).images
+    denoiser, labels = run.model().denoiser, torch.full((3,), 1)
+    with torch.no_grad():
+        expected = sf.sampling.heun(lambda x, s: denoiser(x, s, labels), 80 * z, sf.sampling.edm_sigmas(4))
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(pipe(**options, output_type="np").images, found.numpy())
+    with pytest.raises(ValueError, match="output_type is pil, and this model draws no images: pass pt or np"):
+        pipe(**options, output_type="pil")

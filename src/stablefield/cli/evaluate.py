@@ -256,8 +256,9 @@ class Evaluate:
             return self.out
         if not is_run(self.source):
             return unused(Path("evaluation.json"))
-        config, decoded = Run(self.source).config, self.drawing.decode
-        floating = config.scaling is not None and not (decoded and config.autoencoder is not None)
+        config, drawing = Run(self.source).config, self.drawing
+        decoded = bool(drawing.vae) or (drawing.decode and config.autoencoder is not None)
+        floating = config.dtype != "uint8" and not decoded
         extractor = self.extractor.named(floating=floating)
         return unused(Path(self.source, "evaluations", f"{extractor}-{self.drawing.sampler}.json"))
 

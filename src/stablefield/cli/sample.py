@@ -57,7 +57,7 @@ class Sample:
         steps = "" if options.steps_taken is None else f"-{options.steps_taken}"
         config = run.config
         decoded = bool(options.vae) or (options.decode and config.autoencoder is not None)
-        floating = config.scaling is not None and not decoded
+        floating = config.dtype != "uint8" and not decoded
         what = "samples" if floating else "images"
         pictures = decoded or is_picture(config.shape)
         allowed = (*(PICTURES if pictures else ()), ".npz", *((".npy",) if floating else ()))

@@ -111,7 +111,7 @@ def export_run(
         version=config.version,
         results=results,
         grid=_GRID if pictures else None,
-        floating=config.scaling is not None,
+        floating=config.dtype != "uint8",
         autoencoder=config.autoencoder,
         scaling=config.scaling,
         pipeline=format == "diffusers",

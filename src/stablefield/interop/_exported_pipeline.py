@@ -86,8 +86,9 @@ class StablefieldPipeline(DiffusionPipeline):
             latents: standard normal noise, shape (B, C, H, W), instead of drawing it.
             solver: "heun", in float64 if the device has it, or "scheduler" for the scheduler's own steps.
             output_type: "pil", the default, "np" (B, H, W, C) in [0, 1], or "pt", (B, C, H, W) in [-1, 1] as in training. Of
-                data that are not images: "pt", the default, or "np", both (B, ...) in the units of the training data. With
-                an autoencoder also "latent", (B, C, h, w) in its units, not decoded.
+                data that are not images: "pt", the default, or "np", both (B, ...) in the units of the training data, or as
+                the network sees them if those are unknown. With an autoencoder also "latent", (B, C, h, w) in its units, not
+                decoded.
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
@@ -95,7 +96,8 @@ class StablefieldPipeline(DiffusionPipeline):
                 class -1 of a model that never learned to draw without one, guidance or a generator that does nothing, or
                 another number of classes or generators than of images.
         """
-        floating = self.scaling is not None and self.vae is None
+        config, device = self.unet.config, self._execution_device
+        floating = (self.scaling is not None or config.in_channels not in (1, 3)) and self.vae is None
         if output_type is None:
             output_type = "pt" if floating else "pil"
         if floating and output_type == "pil":
@@ -105,7 +107,6 @@ class StablefieldPipeline(DiffusionPipeline):
             raise ValueError(
                 f"solver is {solver} and output_type {output_type}: pass heun or scheduler, and pil, np or pt."
             )
-        config, device = self.unet.config, self._execution_device
         if class_labels is not None and not self._classes:
             raise ValueError(f"class_labels is {class_labels}, and this model has no classes: leave it out.")
         classes = None if class_labels is None else self._numbers(class_labels)
@@ -157,6 +158,7 @@ class StablefieldPipeline(DiffusionPipeline):
             x = torch.cat([self.vae.decode(one[None].to(self.vae.dtype)).sample for one in x])
         images: Any
         if floating or output_type == "latent":
+            x = x.float() if self.scaling is None else x
             images = x.cpu().numpy() if output_type == "np" else x
         elif output_type == "pt":
             images = x.to(self.unet.dtype)

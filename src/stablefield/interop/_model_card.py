@@ -198,7 +198,8 @@ class ModelCard:
                     guided += " Without it the images take the classes in turn."
                 guided += "\n\n"
         floating = self.floating and self.autoencoder is None
-        name, units = ("samples", "  # a tensor, in the units of the data") if floating else ("images", "")
+        units = "in the units of the data" if self.scaling is not None else "as the network sees them"
+        name, units = ("samples", f"  # a tensor, {units}") if floating else ("images", "")
         return (
             "## Use\n\nThe folder holds `pipeline.py` and `unet/network.py`, which diffusers runs: read them, then\n\n"
             "```python\nfrom diffusers import DiffusionPipeline\n\n"

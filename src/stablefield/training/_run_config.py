@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from stablefield._regular_file import reason
 from stablefield._shapes import whole_number
@@ -15,6 +16,7 @@ from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._image_set import ImageSet, distinct_names, renumbered
 from stablefield.data._png import is_picture
 from stablefield.data._scaling import Scaling
+from stablefield.sampling._seeded_images import to_uint8
 from stablefield.training._config import decode, encode
 from stablefield.training._held_out import HeldOut
 from stablefield.training._initial_weights import InitialWeights
@@ -113,6 +115,23 @@ class RunConfig:
     def scaling(self) -> Scaling | None:
         """How the network's values become data; None for images."""
         return Scaling.of_manifest(self.manifest)
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of samples that are not decoded: uint8 of images, or that of float data.
+
+        An imported network of no pictures draws latents: float32, as the network sees them where no file states a scaling.
+        """
+        if self.scaling is not None:
+            return self.scaling.dtype
+        return "uint8" if is_picture(self.shape) else "float32"
+
+    def samples_of(self, x: Tensor) -> Tensor:
+        """Samples of this dtype, on the CPU, of what a solver returned, (B, ...)."""
+        scaling = self.scaling
+        if scaling is not None:
+            return scaling.undo(x)
+        return to_uint8(x) if self.dtype == "uint8" else x.cpu().float()
 
     @property
     def autoencoder(self) -> AutoencoderRecord | None:

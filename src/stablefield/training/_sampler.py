@@ -24,7 +24,7 @@ from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import class_text
 from stablefield.diffusion._process import Process
 from stablefield.sampling._guidance import autoguidance, classifier_free
-from stablefield.sampling._seeded_images import chunks_of, draw, in_turn, to_uint8
+from stablefield.sampling._seeded_images import chunks_of, draw, in_turn
 from stablefield.sampling._solver_loop import Denoise
 from stablefield.sampling._solvers import SamplerName, SolverOptions, option_text
 from stablefield.training._model import OpenModel, average_name, open_model
@@ -63,7 +63,8 @@ class SamplerOptions(SolverOptions):
     batch: int = 256
     """Images at a time; changes the images only by the network's rounding."""
     decode: bool = True
-    """Decode the samples of a run on latents of images; otherwise they are the latents, in the autoencoder's units."""
+    """Decode the samples of a run on latents of images; otherwise they are the latents, in the autoencoder's units. An
+    imported network draws latents as it sees them, unless its file states a scaling."""
     vae: str = ""
     """The autoencoder's folder or name on a hub, if it has moved, or for an imported network, which does not know its
     place."""
@@ -246,7 +247,7 @@ class RunSampler:
     @property
     def floating(self) -> bool:
         """Whether samples are float data rather than images."""
-        return self.config.scaling is not None and self.autoencoder is None
+        return self.config.dtype != "uint8" and self.autoencoder is None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -301,10 +302,10 @@ class RunSampler:
 
     def finish(self, x: Tensor) -> Tensor:
         """Samples, on the CPU, of what the solver returned, (B, ...)."""
-        scaling, decoder = self.config.scaling, self.autoencoder
+        config, decoder = self.config, self.autoencoder
         if decoder is None:
-            return to_uint8(x) if scaling is None else scaling.undo(x)
-        return decoder.decode(decoder.unscaled(x) if scaling is None else scaling.undo(x))
+            return config.samples_of(x)
+        return decoder.decode(decoder.unscaled(x) if config.scaling is None else config.samples_of(x))
 
     @property
     def config(self) -> RunConfig:
@@ -326,8 +327,7 @@ class RunSampler:
         purpose = "to draw their images"
         parts = list(self.draw(wanted, ranks, progress))
         evaluations = ranks.total(sum(part.nfe * len(part) for part in parts), purpose=purpose)[0]
-        scaling = self.config.scaling if self.floating else None
-        none = np.zeros((0, *self.shape), np.uint8 if scaling is None else scaling.dtype)
+        none = np.zeros((0, *self.shape), self.config.dtype if self.floating else np.uint8)
         drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
         images = ranks.all_gather_rows(drawn, purpose)
         own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)

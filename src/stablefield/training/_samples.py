@@ -20,7 +20,7 @@ from stablefield._atomic_file import write_atomically
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._png import PICTURES, class_grid, is_picture, write_picture, write_png
 from stablefield.diffusion._preconditioning import Denoiser
-from stablefield.sampling._seeded_images import chunks_of, draw, in_turn, to_uint8
+from stablefield.sampling._seeded_images import chunks_of, draw, in_turn
 from stablefield.sampling._solvers import SolverOptions
 from stablefield.training._run_config import RunConfig
 
@@ -38,6 +38,7 @@ class Samples:
 
     Attributes:
         images: uint8, shape (n, C, H, W); or float data (n, ...), in the units and the dtype of the training data.
+            Latents of an imported network are float32, as it sees them, unless its file states a scaling.
         seeds: one per image; a seed always gives the same image under the same options.
         labels: their classes, shape (n,), -1 for none; None for a run without classes.
         class_names: names of the classes, if known.
@@ -164,10 +165,9 @@ def draw_samples(
         sigmas: the grid; EDM's of 18 steps by default.
         autoencoder: decodes latents of images; None for the latents.
     """
-    scaling = config.scaling
 
     def finish(x: Tensor) -> Tensor:
-        found = to_uint8(x) if scaling is None else scaling.undo(x)
+        found = config.samples_of(x)
         return found if autoencoder is None else autoencoder.decode(found)
 
     options = SolverOptions(steps=_STEPS)
