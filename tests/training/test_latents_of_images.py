@@ -578,3 +578,62 @@ def test_the_command_encodes_a_folder_with_a_bar_and_shows_it(vae, tmp_path, cap
     assert out.startswith(f"2 stablefield: DEST {tmp_path / 'out'} holds latents of mirror False, and these have True")
     probe = sf.probe(tmp_path / "out", sources=64, references=(16, 64), device="cpu")
     assert "64" in str(probe)
+
+
+def test_latents_of_another_autoencoder_are_refused_or_noted(run, images, latents, vae, tmp_path):
+    # Of the same images, shape and dtype, by other weights.
+    autoencoder(1).save_pretrained(tmp_path / "vae")
+    other = encode(images, tmp_path / "other", vae=tmp_path / "vae", mirror=True, device="cpu")
+    own = open_latents(latents)
+    theirs, ours = other.autoencoder.sha256[:12], own.autoencoder.sha256[:12]
+    assert theirs != ours
+    origin = sf.data.Origin(name="part", source="y", class_names=images.class_names)
+    part = sf.data.make_image_set(images.images[::2], images.labels[::2], origin)
+    for fits in (False, True):
+        place = vae if fits else tmp_path / "vae"
+        outside = encode(part, tmp_path / f"part{fits}", vae=place, mirror=True, device="cpu")
+        if fits:
+            assert make_plan(own, RECIPE, held_out=outside, device="cpu").config.held_out.count == 23
+            continue
+        with pytest.raises(ValueError, match=f"^held_out=part.* {theirs}, the training data of {ours}: encode both"):
+            make_plan(own, RECIPE, held_out=outside, device="cpu")
+        with pytest.raises(ValueError, match=f"^held_out=part.* {theirs}, data of {ours}: encode both with one"):
+            sf.ExcessLoss(own, held_out=outside)
+
+    begun = sf.train(other, recipe=RECIPE, init=run, out=tmp_path / "begun", device="cpu")
+    told = (
+        f"the source was trained on latents of the autoencoder {ours}, this run trains on those of {theirs}: the copied "
+        "weights see other values than they were trained on."
+    )
+    assert told in begun.config.initial.notes
+    for format_ in ("run", "plain"):
+        source = run if format_ == "run" else run.export(tmp_path / "plain", format="plain", samples=0)
+        for data, noted in ((other, True), (own, False)):
+            assert (told in make_plan(data, RECIPE, init=source, device="cpu").config.initial.notes) == noted
+
+    # The same scaling, so that nothing but the autoencoder differs.
+    assert begun.config.scaling == run.config.scaling
+    with pytest.raises(
+        ValueError, match=f"^guide=.*latents of the autoencoder {theirs}, the run of {ours}: take a run"
+    ):
+        run.sample(2, sampler=SamplerOptions(guide=begun.path, guidance_scale=2.0), device="cpu")
+
+    options = {"samples": 20, "metrics": ["frechet"], "cache": False, "device": "cpu"}
+    for decode in (True, False):
+        options["sampler"] = SamplerOptions(steps=2, decode=decode)
+        with pytest.raises(
+            ValueError, match=f"^data=.* latents of the autoencoder {theirs}, and the samples of {ours}"
+        ):
+            run.evaluate(data=other, extractor=RandomConvolutions() if decode else None, **options)
+    with pytest.raises(ValueError, match=f"^held_out=.* of the autoencoder {theirs}, and the samples of {ours}"):
+        run.evaluate(held_out=other, **options | {"metrics": ["nearest"]})
+    with pytest.raises(ValueError, match=f"^data=.* latents of the autoencoder {theirs}, and the samples of {ours}"):
+        sf.evaluate(own, data=other, metrics=["frechet"], cache=False)
+
+    network = sf.networks.SiT((4, 6), 2, 4, 16, 1, 2, classes=3, generator=torch.Generator().manual_seed(0))
+    save_tensors(network.state_dict(), tmp_path / "sit.safetensors")
+    file = tmp_path / "sit.safetensors"
+    imported = sf.interop.import_run(file, tmp_path / "sit", preconditioning="flow", heads=2)
+    with pytest.raises(ValueError, match=r"^data=.* in the units of their autoencoder, and the run .*: name vae"):
+        imported.evaluate(data=own, **options)
+    assert imported.evaluate(data=np.asarray(own.images), **options).scores

@@ -81,6 +81,10 @@ class AutoencoderRecord:
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"its autoencoder is damaged ({error})") from error
 
+    def differs(self, other: "AutoencoderRecord | None") -> bool:
+        """Whether latents of another record are of another autoencoder; not if there is no such record."""
+        return other is not None and other.sha256 != self.sha256
+
     @property
     def record(self) -> dict[str, Any]:
         """The record as JSON values."""

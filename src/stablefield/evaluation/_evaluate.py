@@ -186,7 +186,9 @@ def evaluate(
     kept = cache_folder() / "references" if cache is True else Path(cache) if cache else None
 
     def stored(name: str) -> ImageSet:
-        return opened("data", data(name) if callable(data) else data, name, progress)
+        images = opened("data", data(name) if callable(data) else data, name, progress)
+        source.check("data", images)
+        return images
 
     def part(name: str) -> ImageSet:
         return decoded(stored(name))
@@ -216,7 +218,10 @@ def evaluate(
             # Memorisation needs the whole training set. Pixels need no cache.
             own = stored("train") if parts and split != "train" else found
             train = images if own is found else decoded(own)
-            given = None if held_out is None else decoded(opened("held_out", held_out, "train", progress))
+            given = None if held_out is None else opened("held_out", held_out, "train", progress)
+            if given is not None:
+                source.check("held_out", given)
+                given = decoded(given)
             others, outside = _held_out(given, parts, source), source.held_out(own)
             whole = ReferenceSet(images=train, split="train", mirrored=source.mirrored)
             control = None

@@ -49,6 +49,7 @@ class SampleSource(ABC):
         count: samples per repeat.
         floating: whether they are float data rather than 8-bit images.
         autoencoder: that decodes them; None if they are not decoded.
+        encoder: sha256 of the autoencoder whose latents they are, or were before they were decoded; None if unknown.
         class_names: names of the classes, if known.
         mirrored: whether it trained on the mirror images of its training images, too.
     """
@@ -58,8 +59,22 @@ class SampleSource(ABC):
     count: int
     floating: bool = False
     autoencoder: Autoencoder | None = None
+    encoder: str | None = None
     class_names: tuple[str, ...] | None = None
     mirrored: bool = False
+
+    def check(self, name: str, images: ImageSet) -> None:
+        """Check that real data, the argument `name`, are no latents of another autoencoder than the samples.
+
+        Raises:
+            ValueError: if they are.
+        """
+        record = images.autoencoder
+        if record is not None and self.encoder not in (None, record.sha256):
+            raise ValueError(
+                f"{name}={images.name} are latents of the autoencoder {record.sha256:.12}, and the samples of "
+                f"{self.encoder:.12}: pass latents of the same one, or, for decoded samples, images."
+            )
 
     @abstractmethod
     def batches(self, repeat: int, ranks: Ranks, progress: Report | None) -> Iterator[Batch]:
@@ -145,6 +160,7 @@ class ImageSource(SampleSource):
         self.name = str(samples) if isinstance(samples, str | Path) else self._images.name
         self.shape, self.floating = self._images.shape, self._images.scaling is not None
         self.class_names = self._images.class_names
+        self.encoder = None if self._images.autoencoder is None else self._images.autoencoder.sha256
         n = len(self._images)
         self.count = n // repeats if count is None else count
         if self.count * repeats > n or self.count < 1:

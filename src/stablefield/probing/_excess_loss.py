@@ -407,6 +407,13 @@ def _held_out(
     held_out: Samples, labels: Tensor | NDArray[np.int64] | None, data: Samples, shape: torch.Size, seed: int
 ) -> Population:
     scaling = data.scaling if isinstance(data, ImageSet) else None
+    if isinstance(held_out, ImageSet) and isinstance(data, ImageSet):
+        theirs, own = held_out.autoencoder, data.autoencoder
+        if theirs is not None and own is not None and theirs.differs(own):
+            raise ValueError(
+                f"held_out={held_out.name} are latents of the autoencoder {theirs.sha256:.12}, data of {own.sha256:.12}: "
+                "encode both with one."
+            )
     if isinstance(held_out, ImageSet) and held_out.scaling is not None and held_out.shape == shape:
         # The network was trained in the scaling of the training data; that of the held-out data is another one.
         held_out = dataclasses.replace(held_out, scaling=scaling or held_out.scaling)

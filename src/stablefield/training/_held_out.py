@@ -86,6 +86,12 @@ class HeldOut:
             raise ValueError(f"held_out has samples of {theirs}, the training data of {own}: prepare them alike.")
         if (others.scaling is None) != (data.scaling is None):
             raise ValueError("held_out and the training data: one has images and one floats; prepare them alike.")
+        theirs, own = others.autoencoder, data.autoencoder
+        if theirs is not None and own is not None and theirs.differs(own):
+            raise ValueError(
+                f"held_out={others.name} are latents of the autoencoder {theirs.sha256:.12}, the training data of "
+                f"{own.sha256:.12}: encode both with one."
+            )
         if others.manifest["sha256"] == data.manifest["sha256"]:
             raise ValueError(f"held_out={others.name} is the training data itself: pass a share of it, such as 0.05.")
         if recipe.conditional and others.labels is None:

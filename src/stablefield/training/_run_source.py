@@ -49,8 +49,23 @@ class RunSource(SampleSource):
         self.name, self.count, self.class_names = name, samples, config.class_names
         self.shape, self.floating, self.autoencoder = sampler.shape, sampler.floating, sampler.autoencoder
         self.config, self.mirrored = config, config.recipe.mirror
+        encoder = config.autoencoder or sampler.autoencoder
+        self.encoder = None if encoder is None else encoder.sha256
         self._evaluations, self._drawn = 0.0, 0
         self._start(0)
+
+    def check(self, name: str, images: ImageSet) -> None:
+        """Check that real data are no latents of another autoencoder, or in other units, than the samples.
+
+        Raises:
+            ValueError: if they are.
+        """
+        if self.floating and self.config.scaling is None and images.autoencoder is not None:
+            raise ValueError(
+                f"{name}={images.name} are latents in the units of their autoencoder, and the run was imported without a "
+                "scaling, so its samples are in others: name vae, the autoencoder that decodes them."
+            )
+        super().check(name, images)
 
     def seeds(self, repeat: int) -> str:
         """The seeds of a repeat, such as "0-4999"."""

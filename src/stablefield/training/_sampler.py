@@ -161,14 +161,20 @@ class SamplerOptions(SolverOptions):
                 f"guide={self.guide} draws {'x'.join(map(str, guide.config.shape))} images of {guide.config.classes} "
                 f"classes, the run {'x'.join(map(str, own.config.shape))} of {classes}: take a run of the same data."
             )
+        encoder, other = own.config.autoencoder, None if guide is None else guide.config.autoencoder
+        if encoder is not None and other is not None and encoder.differs(other):
+            raise ValueError(
+                f"guide={self.guide} draws latents of the autoencoder {other.sha256:.12}, the run of "
+                f"{encoder.sha256:.12}: take a run of the same data."
+            )
         if guide is not None and guide.config.scaling != own.config.scaling:
             raise ValueError(
                 f"guide={self.guide} scales its data differently from the run: take a run of the same data."
             )
-        other = None if guide is None else guide.config.class_names
-        if other is not None and own.config.class_names is not None and other != own.config.class_names:
+        names = None if guide is None else guide.config.class_names
+        if names is not None and own.config.class_names is not None and names != own.config.class_names:
             raise ValueError(
-                f"guide={self.guide} numbers its classes differently, {_listed(classes, other)}, from the run, "
+                f"guide={self.guide} numbers its classes differently, {_listed(classes, names)}, from the run, "
                 f"{_listed(classes, own.config.class_names)}: take a run of the same data and version."
             )
         return RunSampler(

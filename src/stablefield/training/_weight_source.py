@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from stablefield._regular_file import read_limited, reason, sha256
+from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._image_set import ImageSet, distinct_names
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import Denoiser, Preconditioning
@@ -62,6 +63,7 @@ class WeightSource:
         class_names: names of the classes, if known.
         preconditioning: in which the weights were trained, if known.
         scaling: of the data that they were trained on; None for images, and if unknown.
+        autoencoder: of the latents that they were trained on, if known.
         published: whether it is an imported network that sees latents in the scaling of their autoencoder, as far as its
             file states one; or an export of one.
     """
@@ -73,6 +75,7 @@ class WeightSource:
     class_names: tuple[str, ...] | None = None
     preconditioning: Preconditioning | None = None
     scaling: Scaling | None = None
+    autoencoder: AutoencoderRecord | None = None
     published: bool = False
 
     def recipe_for(self, data: ImageSet) -> Recipe | None:
@@ -179,6 +182,7 @@ def open_weights(init: str | Path | HasFolder) -> WeightSource:
         class_names=run.class_names,
         preconditioning=run.recipe.preconditioning,
         scaling=scaling,
+        autoencoder=record,
         published=published,
     )
 
@@ -279,6 +283,7 @@ def _exported(path: Path, file: Path, class_names: tuple[str, ...] | None) -> We
         class_names=class_names,
         preconditioning=None if stated is None else stated.preconditioning,
         scaling=None if stated is None else Scaling.of_manifest(stated.manifest),
+        autoencoder=None if stated is None else AutoencoderRecord.of_manifest(stated.manifest),
         published=stated is not None and "scaling" not in stated.manifest and stated.shape[0] not in (1, 3),
     )
 
@@ -384,6 +389,12 @@ def _notes(source: WeightSource, config: RunConfig, measured: Scaling | None, *,
     theirs, own = source.preconditioning, config.recipe.preconditioning
     if theirs is not None and theirs != own:
         notes.append(f"the source was trained in {theirs}, this run trains in {own}.")
+    encoder, other = config.autoencoder, source.autoencoder
+    if encoder is not None and other is not None and encoder.differs(other):
+        notes.append(
+            f"the source was trained on latents of the autoencoder {other.sha256:.12}, this run trains on those of "
+            f"{encoder.sha256:.12}: the copied weights see other values than they were trained on."
+        )
     return [*notes, *_scaling_notes(source, config, measured)]
 
 
