@@ -15,6 +15,7 @@ from stablefield.cli.entry import main
 from stablefield.data._image_set import ImageSet, Origin, make_image_set
 from stablefield.training._initial_weights import InitialWeights
 from stablefield.training._recipe import DiffusersUNetConfig, MLPConfig, Recipe, SiTConfig, SongUNetConfig
+from stablefield.training._weight_source import _UNET2D
 
 TINY = Recipe(
     steps=3,
@@ -455,3 +456,72 @@ def test_the_command_says_what_it_copies(
     assert status("train", "--resume", "--init", "nowhere", "--out", "run") == 2
     assert "--init with --resume" in capsys.readouterr().err
     assert not Path("no").exists()
+
+
+@pytest.mark.parametrize("format_", ["run", "plain", "diffusers", "unet"])
+@pytest.mark.parametrize(
+    ("kind", "field", "name"), [("sit", "heads", "heads"), ("diffusers", "groups", "norm_num_groups")]
+)
+def test_a_setting_of_the_network_that_no_weight_shows_is_noted(
+    kind: str, field: str, name: str, format_: str, tmp_path: Path
+) -> None:
+    if (kind, format_) == ("diffusers", "plain"):
+        pytest.skip("there is no such export")
+    init: object = train(tmp_path / "run", images(), NETWORKS[kind])
+    if format_ != "run":
+        init = init.export(tmp_path / "export", format="plain" if format_ == "plain" else "diffusers", samples=0)
+        init = init / "unet" if format_ == "unet" else init
+    given = getattr(NETWORKS[kind], field)
+    for value in (given, given // 2):
+        recipe = dataclasses.replace(TINY, network=dataclasses.replace(NETWORKS[kind], **{field: value}))
+        found = sf.training.make_plan(images(), recipe, init=init, device="cpu").config.initial
+        assert found.copied == found.tensors
+        told = f"the source's network has {name} {given}, this run's {value}, which no weight shows: with the copied"
+        assert sum("no weight shows" in note for note in found.notes) == (value != given)
+        assert any(told in note for note in found.notes) == (value != given)
+
+
+OTHERS = {
+    "act_fn": "gelu",
+    "attention_head_dim": 4,
+    "attn_norm_num_groups": 2,
+    "center_input_sample": True,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "mid_block_scale_factor": 2.0,
+    "norm_eps": 0.1,
+    "norm_num_groups": 2,
+    "dropout": 0.3,
+    "num_train_timesteps": 500,
+    "time_embedding_dim": 64,
+    "resnet_time_scale_shift": "scale_shift",
+    "class_embed_type": "timestep",
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "add_attention": False,
+    "mid_block_type": None,
+    "layers_per_block": 2,
+    "sample_size": 16,
+    "time_embedding_type": "fourier",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_noted_settings_of_diffusers_network_are_those_that_change_it_and_none_of_its_shapes(name: str) -> None:
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    options = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8)}
+    options |= {"layers_per_block": 1, "norm_num_groups": 4, **blocks}
+    one, other = (UNet2DModel(**options | change).eval() for change in ({}, {name: OTHERS[name]}))
+    states = [network.state_dict() for network in (one, other)]
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    shapes = [{key: value.shape for key, value in state.items()} for state in states]
+    if shapes[0] != shapes[1]:
+        assert name not in _UNET2D
+        return
+    other.load_state_dict(states[0])
+    with torch.no_grad():
+        differ = not torch.equal(one(x, 30.0).sample, other(x, 30.0).sample)
+    assert differ == (name in _UNET2D)

@@ -36,13 +36,14 @@ from stablefield.interop._pipeline_folder import (
     ExportConfig,
     read_pipeline_config,
     read_unet_config,
+    stated_heads,
     stated_label_dropout,
 )
 from stablefield.interop._plain_export import read_plain_config
 from stablefield.interop._sit_architecture import SiTArchitecture, infer_sit, is_sit
 from stablefield.interop._weight_files import MAX_TENSORS, read_weight_file
 
-__all__ = ["PreconditioningName", "PublishedNetwork", "read_export", "read_published", "read_state"]
+__all__ = ["PreconditioningName", "PublishedNetwork", "read_export", "read_published", "read_state", "stated_heads"]
 
 PreconditioningName = Literal["edm", "vp", "ve", "flow", "ddpm"]
 """The kind of preconditioning, for files that do not state it: flow for SiT's published weights, ddpm for DiT's."""

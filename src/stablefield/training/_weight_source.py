@@ -15,20 +15,22 @@ both. A run on float data takes the source's scaling if that fits its data; any 
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stablefield._regular_file import read_limited, reason, sha256
 from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._image_set import ImageSet, distinct_names
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import Denoiser, Preconditioning
+from stablefield.networks._diffusers_unet import DiffusersUNet
+from stablefield.networks._sit import SiT
 from stablefield.networks._song_unet import SongUNet
 from stablefield.training._files import read_tensors
 from stablefield.training._initial_weights import InitialWeights
@@ -48,6 +50,11 @@ _NEAR, _NARROW = 4.0, 1 / 20
 times the source's, nor below `_NARROW` times, and the mean not farther off than `_NEAR` times."""
 _LISTED = 3
 """Channels of a scaling that a note names."""
+_UNET2D = (
+    *("act_fn", "attention_head_dim", "attn_norm_num_groups", "center_input_sample", "downsample_padding"),
+    *("flip_sin_to_cos", "freq_shift", "mid_block_scale_factor", "norm_eps", "norm_num_groups"),
+)
+"""Settings of diffusers' UNet2DModel that change what it computes, and no shape of its weights."""
 _LEVEL = re.compile(r"(?<![\w])(enc|dec)\.(\d+)x(\d+)_")
 
 
@@ -64,6 +71,7 @@ class WeightSource:
         preconditioning: in which the weights were trained, if known.
         scaling: of the data that they were trained on; None for images, and if unknown.
         autoencoder: of the latents that they were trained on, if known.
+        settings: of the network that no shape of its weights shows, by name, as far as they are known.
         published: whether it is an imported network that sees latents in the scaling of their autoencoder, as far as its
             file states one; or an export of one.
     """
@@ -76,6 +84,7 @@ class WeightSource:
     preconditioning: Preconditioning | None = None
     scaling: Scaling | None = None
     autoencoder: AutoencoderRecord | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     published: bool = False
 
     def recipe_for(self, data: ImageSet) -> Recipe | None:
@@ -162,7 +171,7 @@ def open_weights(init: str | Path | HasFolder) -> WeightSource:
             ordered = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else None
             return _exported(path, path / "unet" / _DIFFUSERS, _names(ordered))
         if (path / _DIFFUSERS).is_file():
-            return WeightSource(path=path, file=path / _DIFFUSERS)
+            return WeightSource(path=path, file=path / _DIFFUSERS, settings=_stated_settings(path))
         if (path / "model.safetensors").is_file():
             config = parse(read_limited(path / "config.json")) if (path / "config.json").is_file() else {}
             return _exported(path, path / "model.safetensors", _names(config.get("class_names")))
@@ -183,6 +192,7 @@ def open_weights(init: str | Path | HasFolder) -> WeightSource:
         preconditioning=run.recipe.preconditioning,
         scaling=scaling,
         autoencoder=record,
+        settings=_settings(_empty_network(run)),
         published=published,
     )
 
@@ -238,6 +248,12 @@ def copied_weights(
         raise ValueError(f"init={source.path} has tensors for {counts} classes: {_remedy(source, config)}.")
     own, theirs, named = _labels(source, config, max(sizes, default=0))
     notes = _notes(source, config, measured, by_number=bool(parts) and not named)
+    for name, value in _settings(denoiser.network).items():
+        if name in source.settings and source.settings[name] != value:
+            notes.append(
+                f"the source's network has {name} {source.settings[name]}, this run's {value}, which no weight shows: with "
+                "the copied weights it computes something else than the source."
+            )
     for name, found in list(matched.items()):
         if name not in parts:
             state[name] = tensors[found]
@@ -284,8 +300,40 @@ def _exported(path: Path, file: Path, class_names: tuple[str, ...] | None) -> We
         preconditioning=None if stated is None else stated.preconditioning,
         scaling=None if stated is None else Scaling.of_manifest(stated.manifest),
         autoencoder=None if stated is None else AutoencoderRecord.of_manifest(stated.manifest),
+        settings=_stated_settings(file.parent) if stated is None or stated.heads is None else {"heads": stated.heads},
         published=stated is not None and "scaling" not in stated.manifest and stated.shape[0] not in (1, 3),
     )
+
+
+def _empty_network(config: RunConfig) -> nn.Module:
+    """The network of a run without its weights."""
+    recipe = config.recipe
+    with torch.device("meta"):
+        return recipe.network.build(config.shape, config.classes, recipe.augment_dim, torch.Generator())
+
+
+def _settings(network: nn.Module) -> dict[str, Any]:
+    """The settings of a network that no shape of its weights shows, by name."""
+    if isinstance(network, SiT):
+        return {"heads": network.heads}
+    if isinstance(network, DiffusersUNet):
+        found: Any = network.unet.config
+        return {name: found[name] for name in _UNET2D if name in found}
+    return {}
+
+
+def _stated_settings(folder: Path) -> dict[str, Any]:
+    """Those that the config.json beside the network of a pipeline states."""
+    from stablefield.interop._published import stated_heads
+
+    try:
+        found = parse(read_limited(folder / "config.json"))
+        heads = stated_heads(found)
+    except (OSError, ValueError):
+        return {}  # of another program, or none
+    if found.get("_class_name") == "UNet2DModel":
+        return {name: found[name] for name in _UNET2D if name in found}
+    return {} if heads is None else {"heads": heads}
 
 
 def _averages(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
