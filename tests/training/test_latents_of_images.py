@@ -535,6 +535,41 @@ def test_scaling_by_the_autoencoders_own_factor_is_that_of_published_networks(la
         make_plan(sf.data.open_images("digits"), Recipe(latent_scaling="autoencoder"), device="cpu")
 
 
+def test_the_autoencoders_own_scaling_takes_its_statistics_of_each_channel(images, tmp_path):
+    mean, std = [1.0, -2.0, 0.0, 4.0], [2.0, 0.5, 1.0, 3.0]
+    model = autoencoder(scaling_factor=0.7, shift_factor=9.0, latents_mean=mean, latents_std=std)
+    model.save_pretrained(tmp_path / "vae")
+    data = encode(images, tmp_path / "latents", vae=tmp_path / "vae", mirror=True, device="cpu")
+    z = np.random.default_rng(0).normal(size=(3, 4, 4, 6))
+    # diffusers, as in StableDiffusionXLPipeline: z = x * latents_std / scaling_factor + latents_mean, without shift_factor.
+    centre, spread = (np.array(values)[:, None, None] for values in (mean, std))
+    x = (z - centre) * 0.7 / spread
+    plan = make_plan(data, dataclasses.replace(RECIPE, latent_scaling="autoencoder"), device="cpu")
+    np.testing.assert_allclose(plan.config.scaling.apply(z), x, atol=1e-5)
+    found = Autoencoder.open(tmp_path / "vae", "cpu")
+    np.testing.assert_allclose(found.unscaled(torch.from_numpy(x)).numpy(), z, atol=1e-5)
+    # The record is the same after JSON, and that of other autoencoders what earlier versions read.
+    assert open_latents(tmp_path / "latents").autoencoder == found.record((3, 8, 12))
+    assert not {"latents_mean", "latents_std"} & set(Autoencoder(autoencoder(), device="cpu").record((3, 8, 12)).record)
+    assert ("  its scaling", "0.7, of channels of mean 1, -2, 0, 4; std 2, 0.5, 1, 3") in sf.data.summary(data)
+
+    network = sf.networks.SiT((4, 6), 2, 4, 16, 1, 2, classes=3, generator=torch.Generator().manual_seed(0))
+    save_tensors(network.state_dict(), tmp_path / "sit.safetensors")
+    file = tmp_path / "sit.safetensors"
+    imported = sf.interop.import_run(file, tmp_path / "sit", preconditioning="flow", heads=2)
+    x = torch.randn(3, 4, 4, 6)
+    drawn = imported.sampler(vae=tmp_path / "vae", device="cpu").finish(x).numpy().astype(int)
+    assert np.abs(drawn - decoded(model, x.numpy() * spread / 0.7 + centre)).max() <= 1
+    folder = imported.export(tmp_path / "pipe", samples=0, vae=tmp_path / "vae")
+    scaling = json.loads((folder / "model_index.json").read_text())["scaling"]
+    np.testing.assert_allclose(scaling["mean"], mean)
+    np.testing.assert_allclose(2 * np.array(scaling["std"]), np.array(std) / 0.7)
+    # Statistics of another number of channels are refused.
+    autoencoder(latents_mean=[0.0], latents_std=[1.0]).save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="latents_std of 1 channels, and its latents have 4: repair its"):
+        imported.export(tmp_path / "no", samples=0, vae=tmp_path / "one")
+
+
 def test_a_run_within_a_time_leaves_time_to_decode_its_pictures(latents, monkeypatch):
     def slow(self, latents):
         time.sleep(0.02 * len(latents))

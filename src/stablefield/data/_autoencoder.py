@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield._shapes import check_kind, found_device
+from stablefield.data._scaling import Scaling
 from stablefield.sampling._seeded_images import to_uint8
 
 __all__ = ["Autoencoder", "AutoencoderRecord"]
@@ -34,6 +35,7 @@ _EXTRA = 'pip install "stablefield[diffusers]"'
 _WANTED = "the folder to which diffusers' AutoencoderKL was saved (config.json and safetensors), or its name on a hub"
 # Pixels that are decoded at a time: a decoder keeps some kilobytes for each.
 _PIXELS = 2**20
+_STATISTICS = ("latents_mean", "latents_std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +51,24 @@ class AutoencoderRecord:
     sha256: str
     """Checksum of its weights and settings."""
     scaling_factor: float
-    """Its own scaling: networks that were trained with it see (latent - shift_factor) * scaling_factor."""
+    """Its own scaling: networks that were trained with it see (latent - shift_factor) * scaling_factor, or, with statistics
+    of each channel, (latent - latents_mean) * scaling_factor / latents_std, as in diffusers' pipelines."""
     shift_factor: float
     """See scaling_factor."""
     shape: tuple[int, ...]
     """Shape of an image, (C, H, W)."""
+    latents_mean: tuple[float, ...] = ()
+    """Mean of each channel of its latents, if it states them."""
+    latents_std: tuple[float, ...] = ()
+    """Standard deviation of each channel, likewise."""
 
     def __post_init__(self) -> None:
         texts = isinstance(self.place, str) and isinstance(self.sha256, str) and len(self.sha256) == 64
         numbers = all(
             isinstance(value, int | float) and math.isfinite(value)
-            for value in (self.scaling_factor, self.shift_factor)
+            for value in (self.scaling_factor, self.shift_factor, *self.latents_mean, *self.latents_std)
         )
+        numbers = numbers and len(self.latents_mean) == len(self.latents_std) and min(self.latents_std, default=1) > 0
         sides = len(self.shape) == 3 and all(type(side) is int and side > 0 for side in self.shape)
         if not texts or not numbers or not self.scaling_factor > 0 or not sides or self.shape[0] not in (1, 3):
             raise ValueError(f"an autoencoder is recorded as {str(self)[:200]}")
@@ -76,8 +84,9 @@ class AutoencoderRecord:
         if entry is None:
             return None
         try:
-            found = cast("dict[str, Any]", entry)
-            return cls(**found | {"shape": tuple(found["shape"])})
+            found = dict(cast("dict[str, Any]", entry))
+            lists: dict[str, Any] = {name: tuple(found.get(name, ())) for name in _STATISTICS}
+            return cls(**found | lists | {"shape": tuple(found["shape"])})
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"its autoencoder is damaged ({error})") from error
 
@@ -88,7 +97,28 @@ class AutoencoderRecord:
     @property
     def record(self) -> dict[str, Any]:
         """The record as JSON values."""
-        return asdict(self) | {"shape": list(self.shape)}
+        found = asdict(self) | {"shape": list(self.shape)}
+        for name in _STATISTICS:
+            values = found.pop(name)
+            if values:  # earlier versions read the record of an autoencoder without them
+                found[name] = list(values)
+        return found
+
+    def scaling(self, channels: int, dtype: str) -> Scaling:
+        """The autoencoder's own scaling of latents of so many channels.
+
+        Raises:
+            ValueError: if it states statistics of another number of channels.
+        """
+        if not self.latents_std:
+            return Scaling.of_factor(self.scaling_factor, self.shift_factor, channels, dtype)
+        if len(self.latents_std) != channels:
+            raise ValueError(
+                f"the autoencoder has latents_mean and latents_std of {len(self.latents_std)} channels, and its latents "
+                f"have {channels}: repair its config.json."
+            )
+        std = tuple(0.5 * value / self.scaling_factor for value in self.latents_std)
+        return Scaling(mean=self.latents_mean, std=std, dtype=dtype)
 
     def open(self, vae: str | Path | None = None, device: torch.device | str | None = None) -> "Autoencoder":
         """Open this autoencoder.
@@ -205,18 +235,21 @@ class Autoencoder:
 
     def unscaled(self, x: Tensor) -> Tensor:
         """Latents of the values of a network that was trained with the autoencoder's own scaling."""
-        config = self.model.config
-        return x.cpu().float() / float(config.scaling_factor) + float(getattr(config, "shift_factor", None) or 0.0)
+        return self.record(self.image_shape((self.channels, 1, 1))).scaling(self.channels, "float32").undo(x)
 
     def record(self, shape: tuple[int, ...]) -> AutoencoderRecord:
         """The record for images of `shape` (C, H, W)."""
         config = self.model.config
+        mean, std = (tuple(map(float, getattr(config, name, None) or ())) for name in _STATISTICS)
         return AutoencoderRecord(
             place=self.place,
             sha256=self.sha256,
             scaling_factor=float(config.scaling_factor),
             shift_factor=float(getattr(config, "shift_factor", None) or 0.0),
             shape=(int(config.out_channels), *shape[1:]),
+            # As diffusers has it, one without the other does nothing.
+            latents_mean=mean if std else (),
+            latents_std=std if mean else (),
         )
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:

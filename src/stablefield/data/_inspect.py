@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from stablefield._memory import size_text
 from stablefield._shapes import check_kind, whole_number
+from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._image_set import ImageSet, class_text
 from stablefield.data._png import as_pictures, class_grid
 from stablefield.data._scaling import chunks
@@ -51,7 +52,7 @@ def summary(images: ImageSet) -> list[tuple[str, str]]:
             ("autoencoder", autoencoder.place),
             ("  of sha256", autoencoder.sha256),
             ("  its images", " x ".join(map(str, autoencoder.shape))),
-            ("  its scaling", f"{autoencoder.scaling_factor:g}, shift {autoencoder.shift_factor:g}"),
+            ("  its scaling", _scaling_text(autoencoder)),
             ("mirrored images", "none" if images.flipped is None else "encoded, too"),
         ]
     manifest = images.manifest
@@ -162,3 +163,11 @@ def _listed(values: tuple[float, ...]) -> str:
 
 def _figures(raw: NDArray[np.float64], scaled: NDArray[np.float64]) -> str:
     return f"{', '.join(f'{v:.2f}' for v in raw)} ({', '.join(f'{v:.4f}' for v in scaled)} in [-1, 1])"
+
+
+def _scaling_text(record: AutoencoderRecord) -> str:
+    """The scaling that an autoencoder states."""
+    if not record.latents_std:
+        return f"{record.scaling_factor:g}, shift {record.shift_factor:g}"
+    mean, std = (", ".join(f"{value:g}" for value in part) for part in (record.latents_mean, record.latents_std))
+    return f"{record.scaling_factor:g}, of channels of mean {mean}; std {std}"

@@ -10,7 +10,6 @@ import torch
 from stablefield import sampling
 from stablefield._shapes import check_choice, whole_number
 from stablefield.data._png import class_grid, write_png
-from stablefield.data._scaling import Scaling
 from stablefield.interop._model_card import ModelCard, public_name, results_of_run
 from stablefield.interop._pipeline_folder import write_pipeline
 from stablefield.interop._plain_export import write_plain
@@ -64,7 +63,7 @@ def export_run(
         autoencoder = SamplerOptions(vae=str(vae)).autoencoder(config, cpu)
         assert autoencoder is not None
         record = autoencoder.record(autoencoder.image_shape(config.shape))
-        scaling = Scaling.of_factor(record.scaling_factor, record.shift_factor, config.shape[0], "float32")
+        scaling = record.scaling(config.shape[0], "float32")
         known = {"autoencoder": record.record, "scaling": scaling.record}
         config = replace(config, manifest={**config.manifest, **known})
     pictures = samples > 0 and config.picture_shape is not None

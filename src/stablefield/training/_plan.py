@@ -16,7 +16,6 @@ from stablefield._distributed import Ranks
 from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._copies import copies, warn_of_copies
 from stablefield.data._image_set import ImageSet
-from stablefield.data._scaling import Scaling
 from stablefield.data._source import Images, as_image_set, open_images, warned
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import RunEstimate, decoding_seconds, estimate_run
@@ -202,8 +201,7 @@ def _scaled(data: ImageSet, recipe: Recipe, source: WeightSource | None) -> Imag
     """The data with the scaling that the recipe asks for, or else with that of the source of the first weights."""
     autoencoder = data.autoencoder
     if recipe.latent_scaling == "autoencoder" and autoencoder is not None:
-        factor, shift = autoencoder.scaling_factor, autoencoder.shift_factor
-        scaling = Scaling.of_factor(factor, shift, data.shape[0], str(data.images.dtype))
+        scaling = autoencoder.scaling(data.shape[0], str(data.images.dtype))
     else:
         scaling = None if source is None else source.scaling_for(data)
     if scaling is None:

@@ -182,8 +182,7 @@ def open_weights(init: str | Path | HasFolder) -> WeightSource:
     scaling, record = run.scaling, run.autoencoder
     published = "imported" in run.manifest
     if published and scaling is not None:
-        factors = None if record is None else (record.scaling_factor, record.shift_factor, run.shape[0], scaling.dtype)
-        published = factors is not None and scaling == Scaling.of_factor(*factors)
+        published = record is not None and scaling == record.scaling(run.shape[0], scaling.dtype)
     return WeightSource(
         path=path,
         recipe=run.recipe,
