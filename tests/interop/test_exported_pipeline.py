@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler
 
 import stablefield as sf
+from stablefield.data._scaling import Scaling
 from stablefield.networks import MLP, SiT, SongUNet
 from stablefield.networks._diffusers_unet import DiffusersUNet
 from stablefield.training._recipe import Recipe, SiTConfig
@@ -299,3 +300,18 @@ def test_weights_of_16_bits_see_noise_labels_and_frequencies_in_float32(kind, pr
         for other in (seen[each + k], seen[2 * each + k]):
             assert other.dtype == torch.float32
             torch.testing.assert_close(other, seen[k], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["heun", "scheduler"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_data_far_from_zero_come_in_the_dtype_of_the_training_data(dtype: str, solver: str, tmp_path: Path) -> None:
+    # Times in seconds: float32 tells none apart that are closer than 128.
+    mean, std = (1.7e9, 4.0) if dtype == "float64" else (100.0, 4.0)
+    plain = exported(tmp_path / "plain", "perceptron", scaling=Scaling(mean=(0.0,), std=(0.5,), dtype="float64"))
+    pipe = exported(tmp_path / "times", "perceptron", scaling=Scaling(mean=(mean,), std=(std,), dtype=dtype))
+    options = {"latents": latents(6), "num_inference_steps": 3, "output_type": "np", "solver": solver}
+    # With mean 0 and deviation 1 / 2, the data are the network's own values.
+    values, found = plain(**options).images, pipe(**options).images
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, (values.astype(np.float64) * 2 * std + mean).astype(dtype))
+    assert len(np.unique(found)) > (30 if dtype == "float16" else 300)

@@ -30,7 +30,7 @@ class StablefieldPipeline(DiffusionPipeline):
         unet: the raw network, called as unet(sample, timestep, class_labels=...).
         scheduler: an EDM scheduler: the grid of noise levels, and the preconditioning around the network.
         id2label: class names by number; None if unknown.
-        scaling: of data that are not images, the `mean` and `std` of each channel; None for images.
+        scaling: of data that are not images, the `mean` and `std` of each channel, and their `dtype`; None for images.
         vae: an AutoencoderKL that decodes latents to images; None if the network draws no latents of images.
         label_dropout: share of the training's rows whose class the network did not see. At 0 it never learned to draw
             without a class: such calls and guidance are refused, and images without `class_labels` take the classes in
@@ -86,9 +86,9 @@ class StablefieldPipeline(DiffusionPipeline):
             latents: standard normal noise, shape (B, C, H, W), instead of drawing it.
             solver: "heun", in float64 if the device has it, or "scheduler" for the scheduler's own steps.
             output_type: "pil", the default, "np" (B, H, W, C) in [0, 1], or "pt", (B, C, H, W) in [-1, 1] as in training. Of
-                data that are not images: "pt", the default, or "np", both (B, ...) in the units of the training data, or as
-                the network sees them if those are unknown. With an autoencoder also "latent", (B, C, h, w) in its units, not
-                decoded.
+                data that are not images: "pt", the default, or "np", both (B, ...) in the units and dtype of the training
+                data, or as the network sees them if those are unknown. With an autoencoder also "latent", (B, C, h, w) in
+                its units, not decoded.
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
@@ -151,11 +151,18 @@ class StablefieldPipeline(DiffusionPipeline):
             x = self._own_steps(x, labels, guidance, {"generator": generator} if draws else {})
         if self.scaling is not None:
             per_channel = (-1, *(1,) * (x.ndim - 2))
-            mean, std = (torch.tensor(self.scaling[name]).to(x).reshape(per_channel) for name in ("mean", "std"))
-            x = (x * (2 * std) + mean).float()
+            # Data far from zero, such as times, keep their digits in float64 only, which not every device has.
+            x = x.cpu().double() if device.type == "mps" else x.double()
+            mean, std = (
+                torch.tensor(self.scaling[name], dtype=x.dtype, device=x.device).reshape(per_channel)
+                for name in ("mean", "std")
+            )
+            kind: torch.dtype = getattr(torch, self.scaling["dtype"])
+            most = torch.finfo(kind).max
+            x = (x * (2 * std) + mean).clamp(-most, most).to(kind)
         if self.vae is not None and output_type != "latent":
             # One at a time: a decoder takes far more memory than the network.
-            x = torch.cat([self.vae.decode(one[None].to(self.vae.dtype)).sample for one in x])
+            x = torch.cat([self.vae.decode(one[None].to(device, self.vae.dtype)).sample for one in x])
         images: Any
         if floating or output_type == "latent":
             x = x.float() if self.scaling is None else x
