@@ -15,7 +15,7 @@ import stablefield as sf
 from stablefield.data._scaling import Scaling
 from stablefield.networks import MLP, SiT, SongUNet
 from stablefield.networks._diffusers_unet import DiffusersUNet
-from stablefield.training._recipe import Recipe, SiTConfig
+from stablefield.training._recipe import MLPConfig, Recipe, SiTConfig
 
 SHAPE = (1, 8, 8)
 NETWORKS: dict[str, Callable[[int], torch.nn.Module]] = {
@@ -201,6 +201,39 @@ def test_a_pipeline_of_a_network_that_always_saw_a_class_draws_none_without(taug
     assert "guidance_scale" not in card
 
 
+def test_a_pipeline_takes_the_classes_in_turn_that_have_images(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8), np.uint8)
+    origin = sf.data.Origin(name="x", source="y", class_names=("a", "b", "c", "d"))
+    data = sf.data.make_image_set(pixels, np.array([0, 2, 3] * 4), origin)
+    recipe = Recipe(
+        network=MLPConfig(width=8, depth=1),
+        steps=1,
+        batch=4,
+        sample_every=0,
+        conditional=True,
+        label_dropout=0.0,
+    )
+    run = sf.train(data, recipe=recipe, out=tmp_path / "run", device="cpu")
+    run.export(tmp_path / "pipe", samples=0)
+    pipe = loaded(tmp_path / "pipe")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    # Those that the run takes.
+    assert run.sample(5, steps=1, device="cpu").labels.tolist() == [0, 2, 3, 0, 2]
+    found, expected = (
+        pipe(latents=latents(5), **options, **more).images for more in ({}, {"class_labels": [0, 2, 3, 0, 2]})
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not torch.equal(found, pipe(latents=latents(5), class_labels=[0, 1, 2, 3, 0], **options).images)
+    rows = [pipe(generator=seeded(4, 8), **options, **more).images for more in ({}, {"class_labels": [2, 3]})]
+    torch.testing.assert_close(*rows, rtol=0, atol=0)
+    pipe.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["learned_classes"] == [0, 2, 3]
+
+
 def test_a_pipeline_that_does_not_state_the_label_dropout_draws_without_a_class(tmp_path: Path) -> None:
     options = {"latents": latents(2), "num_inference_steps": 2, "output_type": "pt"}
     for kind, stated in (("perceptron", {}), ("diffusers", {"label_dropout": 0.1})):
@@ -208,7 +241,7 @@ def test_a_pipeline_that_does_not_state_the_label_dropout_draws_without_a_class(
         torch.testing.assert_close(pipe(**options).images, pipe(class_labels=-1, **options).images)
         assert not torch.allclose(pipe(**options).images, pipe(class_labels=[0, 1], **options).images)
     index = json.loads((tmp_path / "perceptron" / "model_index.json").read_text())
-    assert "label_dropout" not in index
+    assert not {"label_dropout", "learned_classes"} & set(index)
 
 
 def test_diffusers_own_network_that_always_saw_a_class_takes_the_classes_in_turn(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def export_run(
         # A pipeline includes the autoencoder, and the card's picture is decoded.
         autoencoder = config.autoencoder.open(vae, cpu)
     if format == "diffusers":
+        learned = config.learned_classes
         write_pipeline(
             folder,
             denoiser,
@@ -79,6 +80,7 @@ def export_run(
             scaling=config.scaling,
             autoencoder=autoencoder,
             label_dropout=config.label_dropout,
+            learned_classes=None if len(learned) == config.classes else learned,
         )
     else:
         write_plain(

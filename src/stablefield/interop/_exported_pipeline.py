@@ -35,6 +35,8 @@ class StablefieldPipeline(DiffusionPipeline):
         label_dropout: share of the training's rows whose class the network did not see. At 0 it never learned to draw
             without a class: such calls and guidance are refused, and images without `class_labels` take the classes in
             turn. None if unknown.
+        learned_classes: numbers of the classes that the training data had images of, which are those taken in turn; None
+            for all.
     """
 
     unet: Any
@@ -51,11 +53,14 @@ class StablefieldPipeline(DiffusionPipeline):
         scaling: dict[str, Any] | None = None,
         vae: Any = None,
         label_dropout: float | None = None,
+        learned_classes: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        self.register_to_config(id2label=id2label, scaling=scaling, label_dropout=label_dropout)
-        self.scaling, self.label_dropout = scaling, label_dropout
+        self.register_to_config(
+            id2label=id2label, scaling=scaling, label_dropout=label_dropout, learned_classes=learned_classes
+        )
+        self.scaling, self.label_dropout, self.learned_classes = scaling, label_dropout, learned_classes
         self.labels = {name: int(number) for number, name in (id2label or {}).items()}
 
     @torch.no_grad()
@@ -79,7 +84,7 @@ class StablefieldPipeline(DiffusionPipeline):
             num_inference_steps: steps N of the solver; Heun evaluates the network 2 N - 1 times.
             class_labels: the class of all images, or one per image: its number, its name in `labels`, or -1 for none, the
                 default. If the network never learned to draw without a class, the default is class k modulo their number for
-                the image of a generator with seed k in a list, or else for image k.
+                the image of a generator with seed k in a list, or else for image k, of the classes in `learned_classes`.
             guidance_scale: w of classifier-free guidance, which takes classes; 1 for none. It doubles the evaluations.
             guidance_interval: noise levels (lo, hi] to guide in by `guidance_scale`, such as (0.19, 1.61); all by default.
             generator: draws the latents, and the noise of a scheduler that adds some; a list has one per image.
@@ -133,7 +138,8 @@ class StablefieldPipeline(DiffusionPipeline):
                 latents = torch.randn((batch_size, *shape), generator=generator, device=place).to(device)
         if classes is None and self._classes and self.label_dropout == 0:
             seeds = [one.initial_seed() for one in generator] if isinstance(generator, list) else range(count)
-            classes = [seed % self._classes for seed in seeds]
+            learned = self.learned_classes or range(self._classes)
+            classes = [learned[seed % len(learned)] for seed in seeds]
         if isinstance(classes, int):
             classes = [classes] * len(latents)
         if classes is not None and len(classes) != len(latents):

@@ -96,6 +96,7 @@ def write_pipeline(
     scaling: Scaling | None = None,
     autoencoder: Autoencoder | None = None,
     label_dropout: float | None = None,
+    learned_classes: Sequence[int] | None = None,
 ) -> None:
     """Write the folder.
 
@@ -111,6 +112,7 @@ def write_pipeline(
         autoencoder: decodes them to images, which the pipeline then returns.
         label_dropout: share of the training's rows whose class the network did not see. At 0 it never learned to draw
             without a class, and the pipeline refuses to. None if unknown.
+        learned_classes: numbers of the classes that the training data had images of; None for all.
 
     Raises:
         ImportError: if diffusers is not installed.
@@ -163,6 +165,8 @@ def write_pipeline(
         index["scaling"] = scaling.record
     if label_dropout is not None:
         index["label_dropout"] = label_dropout
+    if learned_classes is not None:
+        index["learned_classes"] = list(learned_classes)
     if autoencoder is not None:
         index["vae"] = ["diffusers", "AutoencoderKL"]
     assert exported_pipeline.__file__ is not None
