@@ -357,6 +357,18 @@ def test_an_average_far_from_the_lengths_that_are_kept_is_told_with_its_error(ru
     assert run.model("0.08").ema_error == pytest.approx(run.average(0.08)[1])
 
 
+def test_a_run_does_not_guide_itself(run: sf.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By whatever path.
+    (tmp_path / "link").symlink_to(run.path)
+    monkeypatch.chdir(run.path.parent)
+    for guide in (run.path, tmp_path / "link", Path(run.path.name)):
+        with pytest.raises(ValueError, match=r"^guide=.* is the run itself, at the same step .*: name a worse run, or"):
+            run.sampler(SamplerOptions(guide=guide, guidance_scale=2), device="cpu")
+    plain = run.sample(2, steps=2, device="cpu").images
+    chosen = SamplerOptions(steps=2, guide=run.path, guide_ema="none", guidance_scale=20)
+    assert not np.array_equal(run.sample(2, sampler=chosen, device="cpu").images, plain)
+
+
 def test_an_export_is_a_folder_with_a_card(run: sf.Run, tmp_path: Path) -> None:
     folder = run.export(tmp_path / "plain", format="plain", samples=4, steps=2, name="tiny")
     assert {"README.md", "samples.png"} <= {path.name for path in folder.iterdir()}

@@ -161,6 +161,11 @@ class SamplerOptions(SolverOptions):
                 f"guide={self.guide} draws {'x'.join(map(str, guide.config.shape))} images of {guide.config.classes} "
                 f"classes, the run {'x'.join(map(str, own.config.shape))} of {classes}: take a run of the same data."
             )
+        if guide is not None and (guide.average, guide.step) == (own.average, own.step) and _same(self.guide, run):
+            raise ValueError(
+                f"guide={self.guide} is the run itself, at the same step and with the same average, ema={self.ema}, so it "
+                "guides nothing: name a worse run, or another average of the guide's weights by guide_ema."
+            )
         encoder, other = own.config.autoencoder, None if guide is None else guide.config.autoencoder
         if encoder is not None and other is not None and encoder.differs(other):
             raise ValueError(
@@ -466,6 +471,11 @@ def labels_named(class_label: Any) -> str | int | tuple[str | int, ...]:
 def _label(name: str, given: Any) -> str | int:
     given = given.item() if isinstance(given, Tensor) and given.ndim == 0 else given
     return str(given) if isinstance(given, str) else whole_number(name, given)
+
+
+def _same(guide: Path | None, run: str | Path) -> bool:
+    """Whether the guide is the run itself, by whatever path."""
+    return guide is not None and guide.resolve() == Path(run).resolve()
 
 
 def _seeds(seeds: Any) -> list[int]:
