@@ -462,6 +462,19 @@ def test_an_imported_network_is_decoded_by_the_autoencoder_that_the_caller_names
         imported.sample(2, vae=tmp_path / "three")
 
 
+def test_an_open_autoencoder_decodes_only_its_own_latents(latents, vae, model, tmp_path):
+    data = open_latents(latents)
+    own, other = Autoencoder.open(vae, "cpu"), Autoencoder(autoencoder(1), device="cpu")
+    for budget in (2**31, 0):  # in memory, and by the file in the cache
+        options = {"cache": tmp_path, "memory_budget": budget}
+        found = sf.data.decode(data, vae=own, **options).images
+        assert np.abs(np.array(found).astype(int) - decoded(model, data.images)).max() <= 1
+        with pytest.raises(
+            ValueError, match=rf"^vae has weights or settings of sha256 {other.sha256:.12}, and the lat"
+        ):
+            sf.data.decode(data, vae=other, **options)
+
+
 def test_a_run_that_begins_with_one_on_latents_keeps_its_scaling_unless_asked_for_the_autoencoders(
     run, latents, tmp_path
 ):

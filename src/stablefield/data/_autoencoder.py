@@ -143,12 +143,20 @@ class AutoencoderRecord:
                 f"vae is missing: the autoencoder of these latents was {place}, which is gone: name its new place."
             )
         found = Autoencoder.open(place, device)
+        self.check(found, f"vae={place}")
+        return found
+
+    def check(self, found: "Autoencoder", name: str = "vae") -> None:
+        """Check that an open autoencoder, called `name` in the error, is this one.
+
+        Raises:
+            ValueError: if it is another one.
+        """
         if found.sha256 != self.sha256:
             raise ValueError(
-                f"vae={place} has weights or settings of sha256 {found.sha256:.12}, and the latents were made by "
+                f"{name} has weights or settings of sha256 {found.sha256:.12}, and the latents were made by "
                 f"{self.sha256:.12}: name the place of that autoencoder."
             )
-        return found
 
 
 class Autoencoder:

@@ -116,7 +116,7 @@ def decode(
 
     Args:
         latents: encoded images, as `encode` or `open_images` returns.
-        vae: the autoencoder's new place, if it has moved.
+        vae: the autoencoder's new place, if it has moved, or that autoencoder, open.
         device: where to compute; a GPU if there is one.
         progress: called with the number of images that are decoded.
         memory_budget: images of more bytes than this go into a packed file that is mapped into memory.
@@ -134,6 +134,7 @@ def decode(
     if record is None:
         raise ValueError(f"latents={latents.name} are no encoded images: make some by encode(images, out, vae=...).")
     decoder = vae if isinstance(vae, Autoencoder) else record.open(vae, device)
+    record.check(decoder, f"vae={decoder.place}" if decoder.place else "vae")
 
     def pieces() -> Iterator[NDArray[np.uint8]]:
         for start in range(0, len(latents), 16):
