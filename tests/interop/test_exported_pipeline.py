@@ -232,6 +232,9 @@ def test_a_pipeline_takes_the_classes_in_turn_that_have_images(tmp_path: Path) -
     torch.testing.assert_close(*rows, rtol=0, atol=0)
     pipe.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "model_index.json").read_text())["learned_classes"] == [0, 2, 3]
+    assert not [*(tmp_path / "again").rglob("*.py")]
+    told = "copy this folder: `pipe.save_pretrained` writes neither `pipeline.py` nor `unet/network.py`"
+    assert told in (tmp_path / "pipe" / "README.md").read_text()
 
 
 def test_a_pipeline_that_does_not_state_the_label_dropout_draws_without_a_class(tmp_path: Path) -> None:

@@ -682,6 +682,18 @@ def test_latents_of_another_autoencoder_are_refused_or_noted(run, images, latent
     save_tensors(network.state_dict(), tmp_path / "sit.safetensors")
     file = tmp_path / "sit.safetensors"
     imported = sf.interop.import_run(file, tmp_path / "sit", preconditioning="flow", heads=2)
-    with pytest.raises(ValueError, match=r"^data=.* in the units of their autoencoder, and the run .*: name vae"):
+    with pytest.raises(ValueError, match=r"^vae is missing: data=.* in the units of their autoencoder, and the run"):
         imported.evaluate(data=own, **options)
     assert imported.evaluate(data=np.asarray(own.images), **options).scores
+    options["sampler"] = SamplerOptions(steps=2)
+    with pytest.raises(
+        ValueError, match=r"^vae is missing: data=.* holds images, and the run was imported without one"
+    ):
+        imported.evaluate(data=images, **options)
+    options["extractor"] = RandomConvolutions()
+    assert imported.evaluate(data=images, **options | {"sampler": SamplerOptions(steps=2, vae=str(vae))}).scores
+    grey = sf.data.make_image_set(images.images[:, :1], None, origin)
+    with pytest.raises(
+        ValueError, match=r"has images of 1 x 8 x 12 .* are 3 x 8 x 12: .*; open them with colour=rgb\.$"
+    ):
+        run.evaluate(data=grey, **options)

@@ -137,11 +137,15 @@ def check_size(name: str, images: ImageSet, shape: Sequence[int], *, floating: b
     found, wanted = (" x ".join(map(str, sizes)) for sizes in (images.shape, shape))
     if floating:
         raise ValueError(f"{name}={images.name} has samples of {found}, and the others are {wanted}: pass one shape.")
-    _, height, width = shape
-    size = height if height == width else (height, width)
+    channels, height, width = shape
+    remedies: list[str] = []
+    if images.shape[1:] != (height, width):
+        remedies.append(f"resolution={height if height == width else (height, width)}")
+    if images.shape[0] != channels:
+        remedies.append(f"colour={'grey' if channels == 1 else 'rgb'}")
     raise ValueError(
         f"{name}={images.name} has images of {found} (C x H x W), and the samples are {wanted}: measure images of one "
-        f"size; resolution={size} resizes them, if the channels agree."
+        f"shape; open them with {' and '.join(remedies)}."
     )
 
 

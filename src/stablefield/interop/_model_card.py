@@ -206,7 +206,9 @@ class ModelCard:
             'pipe = DiffusionPipeline.from_pretrained("PATH OR NAME", trust_remote_code=True)\n'
             f"{name} = pipe({call}).images{units}\n```\n\n{guided}"
             '18 steps of Heun\'s method are 35 network evaluations. `solver="scheduler"` takes the steps of '
-            "`pipe.scheduler` instead: diffusers' `EDMEulerScheduler`, or another EDM scheduler that you set."
+            "`pipe.scheduler` instead: diffusers' `EDMEulerScheduler`, or another EDM scheduler that you set.\n\n"
+            "To keep or to publish the pipeline, copy this folder: `pipe.save_pretrained` writes neither `pipeline.py` nor "
+            "`unet/network.py`."
         )
 
 

@@ -60,11 +60,18 @@ class RunSource(SampleSource):
         Raises:
             ValueError: if they are.
         """
-        if self.floating and self.config.scaling is None and images.autoencoder is not None:
-            raise ValueError(
-                f"{name}={images.name} are latents in the units of their autoencoder, and the run was imported without a "
-                "scaling, so its samples are in others: name vae, the autoencoder that decodes them."
-            )
+        if self.floating and self.config.scaling is None:
+            # Only an imported network is such a run.
+            remedy = "so its samples are latents as the network sees them: name the autoencoder that decodes them"
+            if images.scaling is None:
+                raise ValueError(
+                    f"vae is missing: {name}={images.name} holds images, and the run was imported without one, {remedy}."
+                )
+            if images.autoencoder is not None:
+                raise ValueError(
+                    f"vae is missing: {name}={images.name} holds latents in the units of their autoencoder, and the run was "
+                    f"imported without one, {remedy}."
+                )
         super().check(name, images)
 
     def seeds(self, repeat: int) -> str:
