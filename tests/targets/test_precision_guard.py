@@ -1,5 +1,6 @@
 """The posterior is computed in full precision, and the user's switches are found again as they were left."""
 
+import os
 from collections.abc import Iterator
 from threading import Event, Thread
 
@@ -191,3 +192,26 @@ def test_posteriors_of_two_threads_leave_the_users_switches(case: tuple[Tensor, 
     for thread in threads:
         thread.join()
     assert switches() == before
+
+
+def test_what_the_user_sets_within_a_block_stays_and_later_blocks_are_at_full_precision() -> None:
+    torch.set_float32_matmul_precision("highest")
+    with full_precision(torch.device("cpu")):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with full_precision(torch.device("cpu")):
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_from_a_block_has_the_users_switches() -> None:
+    torch.set_float32_matmul_precision("high")
+    before = torch.backends.cuda.matmul.fp32_precision
+    with full_precision(torch.device("cpu")):
+        pid = os.fork()
+        if pid == 0:
+            same = torch.backends.cuda.matmul.fp32_precision == before
+            with full_precision(torch.device("cpu")):
+                same &= torch.backends.cuda.matmul.fp32_precision == "ieee"
+            os._exit(0 if same and torch.backends.cuda.matmul.fp32_precision == before else 1)
+        assert os.waitpid(pid, 0)[1] == 0

@@ -190,6 +190,23 @@ def test_views_of_a_stable_target_are_constants(view: str, rng: torch.Generator)
         assert not getattr(target[:4], view).requires_grad
 
 
+class Differentiated(sf.RectifiedFlow):
+    """A flow whose derivative torch computes."""
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        t = t.detach().requires_grad_()
+        return torch.autograd.grad(self.sigma(t).sum(), t)[0]
+
+
+def test_a_velocity_takes_derivatives_by_differentiation(rng: torch.Generator) -> None:
+    x0, noise, x_t, t = batch(sf.RectifiedFlow(), rng, torch.float32)
+    one, other = (
+        sf.StableTarget(process, references=sf.InBatch())(x0, x_t, t, noise=noise).velocity
+        for process in (Differentiated(), sf.RectifiedFlow())
+    )
+    assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_trained_encoder_gets_the_gradient_of_the_usual_loop_or_an_error(view: str, rng: torch.Generator) -> None:
     process, embedded = sf.RectifiedFlow(), torch.randn(16, 3, generator=rng).requires_grad_()

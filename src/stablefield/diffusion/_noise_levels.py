@@ -23,7 +23,7 @@ from stablefield._shapes import (
     flag,
     whole_number,
 )
-from stablefield.diffusion._process import Process, times
+from stablefield.diffusion._process import Process
 
 __all__ = ["LogNormal", "LogUniform", "NoiseLevels", "Uniform", "times_at", "uniform_numbers"]
 
@@ -99,7 +99,7 @@ class LogNormal(NoiseLevels):
     def quantile(self, u: Tensor, process: Process) -> Tensor:
         check_tensor("u", u, real=True)
         _check_process(process)
-        return times(process, torch.exp(self.mean + self.std * torch.special.ndtri(u)))
+        return process.time(torch.exp(self.mean + self.std * torch.special.ndtri(u)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class LogUniform(NoiseLevels):
     def quantile(self, u: Tensor, process: Process) -> Tensor:
         check_tensor("u", u, real=True)
         _check_process(process)
-        return times(process, self.minimum * torch.exp(u * math.log(self.maximum / self.minimum)))
+        return process.time(self.minimum * torch.exp(u * math.log(self.maximum / self.minimum)))
 
 
 @dataclass(frozen=True)

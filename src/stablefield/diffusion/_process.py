@@ -13,9 +13,7 @@ both ends of the time range, in float32 and float64.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +21,10 @@ from torch import Tensor
 from stablefield._reading import readable
 from stablefield._shapes import check_generator, check_kind, check_numbers, check_tensor, drawn_by, per_row, row_values
 
-__all__ = ["EDM", "VE", "VP", "Cosine", "Process", "RectifiedFlow", "rates", "scales", "times"]
+__all__ = ["EDM", "VE", "VP", "Cosine", "Process", "RectifiedFlow", "rates", "scales"]
 
 # How far rounding may take a time out of the range of its process.
 _MARGIN = 1e-6
-# How far a user's methods may contradict each other, and the points that show it.
-_AGREE, _LEAST = 0.01, 3
-_PASSED = "_methods_that_agree"
 
 
 class Process(ABC):
@@ -133,115 +128,7 @@ def rates(process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
     """Their derivatives alpha_dot and sigma_dot at times `t` (B,), each (B,); errors as of `scales`."""
     found = process.alpha_dot(t), process.sigma_dot(t)
     _check_rows(process, ("alpha_dot", "sigma_dot"), found, t)
-    if _unproven(process, ("alpha", "sigma", "alpha_dot", "sigma_dot"), t):
-        for scale, name in (("alpha", "alpha_dot"), ("sigma", "sigma_dot")):
-            _check_rate(process, scale, name, t)
-        _passed(process, "sigma_dot")
     return found
-
-
-def times(process: Process, noise_level: Tensor) -> Tensor:
-    """The times at which `process` has the noise levels sigma / alpha.
-
-    Raises:
-        ValueError: if its `time` is not the inverse of its noise level, at the first call.
-    """
-    if _unproven(process, ("alpha", "sigma", "noise_level", "time"), noise_level):
-        _check_time(process, noise_level)
-        _passed(process, "time")
-    return process.time(noise_level)
-
-
-def _unproven(process: Process, methods: tuple[str, ...], values: Tensor) -> bool:
-    """Whether to compare `methods` of a process: until it has passed, for a user's, if values can be read now."""
-    if torch.compiler.is_compiling() or all(_ours(getattr(type(process), name)) for name in methods):
-        return False
-    if not readable(values.device) or values.device.type in ("meta", "mps"):
-        return False
-    kept = getattr(process, "__dict__", None)  # an object with slots has no place to keep it
-    return kept is not None and methods[-1] not in kept.get(_PASSED, ())
-
-
-def _passed(process: Process, method: str) -> None:
-    # Beside the fields of a frozen dataclass, so that it stays equal to others.
-    vars(process)[_PASSED] = (*vars(process).get(_PASSED, ()), method)
-
-
-def _ours(method: Any) -> bool:
-    return getattr(method, "__module__", "").partition(".")[0] == __name__.partition(".")[0]
-
-
-def _points(process: Process, values: Tensor) -> Tensor:
-    """A few times in the range of a process, float64; if it has none, some of the `values`, times or noise levels."""
-    low, high = process.time_range
-    if math.isfinite(high - low):
-        return low + (high - low) * torch.linspace(0.1, 0.9, 9, dtype=torch.float64, device=values.device)
-    ordered = values.detach().flatten().to(torch.float64).unique()
-    return ordered[:: max(1, len(ordered) // 9)]
-
-
-@torch.no_grad()
-def _check_rate(process: Process, scale: str, name: str, t: Tensor) -> None:
-    """Check a derivative by central differences.
-
-    It is accused only if most of several points disagree: a schedule may have kinks, or be a table of steps.
-    """
-    t = _points(process, t)
-    small, large = 1e-3 * t.abs(), 1e-2 * t.abs()
-    places = ((scale, t + small), (scale, t - small), (scale, t + large), (scale, t - large), (name, t))
-    try:
-        high, low, higher, lower, rate = (getattr(process, method)(at).to(torch.float64) for method, at in places)
-    except Exception:
-        return
-    expected, wide = (high - low) / (2 * small), (higher - lower) / (2 * large)
-    # A schedule may compute in float32.
-    rounding = 4 * torch.finfo(torch.float32).eps * torch.maximum(high.abs(), low.abs()) / small
-
-    def differ(one: Tensor, other: Tensor) -> Tensor:
-        return (one - other).abs() > _AGREE * torch.maximum(one.abs(), other.abs()) + rounding
-
-    # Not at kinks, and not in a table of steps, which is flat, or differs with the distance.
-    usable = (small > 0) & expected.isfinite() & rate.isfinite() & ~differ(expected, wide)
-    usable &= (high != low) | (high.max() == high.min())
-    wrong = differ(rate, expected)
-    _accuse(
-        usable,
-        wrong,
-        lambda k: (
-            f"{name} of {process} is {rate[k]:.4g} at t = {t[k]:.4g}, where {scale} grows by {expected[k]:.4g} per unit "
-            f"of t: return the derivative of {scale} with respect to t, or every velocity is wrong."
-        ),
-    )
-
-
-@torch.no_grad()
-def _check_time(process: Process, noise_level: Tensor) -> None:
-    """Check that `time` is the inverse of `noise_level`; accused only if most of several points disagree."""
-    points = _points(process, noise_level)
-    try:
-        levels = process.noise_level(points) if math.isfinite(sum(process.time_range)) else points
-        t = process.time(levels)
-        found = process.noise_level(t).to(torch.float64)
-    except Exception:
-        return
-    usable = (levels > 0) & levels.isfinite()
-    wrong = ~((found - levels).abs() <= _AGREE * levels)
-    _accuse(
-        usable,
-        wrong,
-        lambda k: (
-            f"time of {process} gives t = {t[k]:.4g} for the noise level {levels[k]:.4g}, but sigma / alpha is "
-            f"{found[k]:.4g} there: return the time at which sigma / alpha is the given noise level."
-        ),
-    )
-
-
-def _accuse(usable: Tensor, wrong: Tensor, message: Callable[[int], str]) -> None:
-    """Raise the message of the middle one of the points that are `wrong`, if most of the `usable` ones are."""
-    wrong = wrong & usable
-    count = int(wrong.sum())
-    if int(usable.sum()) >= _LEAST and 2 * count > int(usable.sum()):
-        raise ValueError(message(int(wrong.nonzero()[count // 2, 0])))
 
 
 def _check_rows(process: Process, names: tuple[str, str], values: tuple[Tensor, Tensor], t: Tensor) -> None:

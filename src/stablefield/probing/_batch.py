@@ -36,7 +36,6 @@ from torch import Tensor
 
 from stablefield._progress import Progress
 from stablefield.diffusion._noise_levels import uniform_numbers
-from stablefield.diffusion._process import times
 from stablefield.probing._population import Population
 from stablefield.probing._series import Series, interpolate
 from stablefield.probing._training import Training
@@ -159,7 +158,7 @@ class _Job:
         for _ in range(batches):
             index = torch.randint(len(population), (rows,), generator=generator)
             place = (uniform_numbers(training.noise_levels, rows, generator) * len(self._level)).long()
-            t = times(process, self._level[place]).to(device)
+            t = process.time(self._level[place]).to(device)
             index = index.to(device)
             flat = self._matrix.rows(index, self._matrix.dtype)
             x0 = flat.reshape(rows, *population.data.shape[1:])

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from stablefield._shapes import array_of_numbers, check_callable, check_kind, number, per_row, whole_number
-from stablefield.diffusion._process import EDM, Process, times
+from stablefield.diffusion._process import EDM, Process
 from stablefield.probing._population import Population
 from stablefield.probing._variance import find_noise_levels, measure_variance
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix
@@ -175,7 +175,7 @@ def check_bias(
     directions = _Directions(population)
     place = torch.arange(batch) % len(levels)
     count = torch.bincount(place, minlength=len(levels))
-    t = times(process, levels)[place].to(device)
+    t = process.time(levels)[place].to(device)
     level = process.noise_level(t)
 
     def drawn() -> tuple[Tensor, Tensor, Tensor | None]:

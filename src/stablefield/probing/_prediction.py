@@ -32,7 +32,7 @@ from stablefield._shapes import check_kind, check_tensor, per_row
 from stablefield.diffusion._discrete import Discrete
 from stablefield.diffusion._from_diffusers import Regression
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, NoiseLevels, Uniform
-from stablefield.diffusion._process import EDM, VE, VP, Cosine, Process, RectifiedFlow, rates, scales, times
+from stablefield.diffusion._process import EDM, VE, VP, Cosine, Process, RectifiedFlow, rates, scales
 from stablefield.diffusion._weighting import EDMWeighting, Weighting
 
 __all__ = [
@@ -147,7 +147,7 @@ class OutputWeighting:
 
     def __call__(self, noise_level: Tensor) -> Tensor:
         level = noise_level.double()
-        t = times(self.process, level).double()
+        t = self.process.time(level).double()
         match self.kind:
             case "denoiser" | "x0":
                 return torch.ones_like(level)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from stablefield._progress import Progress
 from stablefield._shapes import array_of_numbers, check_callable, check_kind, shape_of, whole_number
-from stablefield.diffusion._process import EDM, Process, times
+from stablefield.diffusion._process import EDM, Process
 from stablefield.probing._exact import ExactPosterior
 from stablefield.probing._population import Population
 from stablefield.probing._series import Series
@@ -207,7 +207,7 @@ def measure_variance(
     )
     asked = found.to(torch.float64).flatten()
     _check(asked, sizes, sources, draws)
-    t = times(process, asked)
+    t = process.time(asked)
     level, order = process.noise_level(t).double().sort()
     # A table has one level for several that were asked for.
     distinct = level.diff(prepend=level[:1] - 1) > 0

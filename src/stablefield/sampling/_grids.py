@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stablefield._shapes import as_device, check_floating_dtype, number, whole_number
-from stablefield.diffusion._process import VE, VP, Cosine, times
+from stablefield.diffusion._process import VE, VP, Cosine
 
 __all__ = ["cosine_sigmas", "edm_sigmas", "ve_sigmas", "vp_sigmas"]
 
@@ -172,7 +172,7 @@ def cosine_sigmas(
     """
     sigma_min, sigma_max = _ends(sigma_min, sigma_max)
     process = Cosine()
-    first, last = times(process, torch.tensor([sigma_max, sigma_min], dtype=torch.float64)).tolist()
+    first, last = process.time(torch.tensor([sigma_max, sigma_min], dtype=torch.float64)).tolist()
     sigmas = _pin(process.noise_level(_uniform(steps, first, last)), sigma_max, sigma_min)
     return _finish(sigmas, device, dtype, f"sigma_min={sigma_min}, sigma_max={sigma_max}")
 

@@ -249,7 +249,11 @@ class StableTarget:
         """
         for name, value in (("x0", x0), ("alpha", alpha), ("sigma", sigma)):
             if value.requires_grad:
-                remedy = "pass x0.detach()" if value is x0 else f"detach the parameters of {self.process}"
+                remedy = (
+                    "pass x0.detach() (or encode under torch.no_grad())"
+                    if value is x0
+                    else f"detach the parameters of {self.process}"
+                )
                 raise ValueError(
                     f"{name} requires a gradient, and a stable target is biased for what is trained to make {name}, because "
                     f"the variance that references remove depends on it: {remedy} if this loss does not train that, and use "

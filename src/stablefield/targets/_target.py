@@ -137,6 +137,6 @@ class Target:
 
         For time that runs from noise to data, as in torchcfm, negate it.
         """
+        alpha_dot, sigma_dot = rates(self.process, self.t)  # which may be computed by differentiation
         with self._gradients():
-            alpha_dot, sigma_dot = rates(self.process, self.t)
             return per_row(alpha_dot, self.x0) * self.x0 + per_row(sigma_dot, self.x0) * self.noise
