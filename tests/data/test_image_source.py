@@ -225,18 +225,28 @@ def test_the_remedies_for_mixed_splits_read_one_split_with_its_classes(tmp_path)
 @pytest.mark.parametrize("below", ["", "images/"])
 def test_a_split_with_images_of_one_class_has_the_numbers_of_the_training_split(tmp_path, below):
     train = [f"set/train/{below}{name}/1.png" for name in ("cat", "dog")]
-    for name, label, classes in (
-        ("dog", 1, ("cat", "dog")),
-        ("cat", 0, ("cat", "dog")),
-        ("eel", 2, ("cat", "dog", "eel")),
-    ):
+    for name, label in (("dog", 1), ("cat", 0)):
         source = pictures(tmp_path / "x.zip", *train, f"set/test/{below}{name}/2.png", f"set/test/{below}{name}/3.png")
         opened = open_images(source, split="test")
-        assert (opened.labels.tolist(), opened.class_names) == ([label] * 2, classes)
+        assert (opened.labels.tolist(), opened.class_names) == ([label] * 2, ("cat", "dog"))
         assert open_images(source).labels.tolist() == [0, 1]
     # Without classes in the training split, or with images elsewhere, there are none.
     for names in ([*train, f"set/test/{below}2.png"], ["train/cat/1.png", "test/cat/2.png"]):
         assert open_images(pictures(tmp_path / "y.zip", *names), split="test").labels is None
+
+
+@pytest.mark.parametrize("lone", ["unknown", "images", "eel", "Cat"])
+@pytest.mark.parametrize("below", ["", "images/"])
+def test_a_split_in_one_folder_that_is_no_training_class_has_no_labels(tmp_path, lone, below):
+    """As the test splits of contests, test/unknown/1.png, and the validation split of Tiny ImageNet, val/images/1.png."""
+    names = [f"train/{below}cat/1", f"train/{below}dog/1", f"test/{below}{lone}/2", f"test/{below}{lone}/3"]
+    source = pictures(tmp_path / "x.zip", *(f"{name}.png" for name in names))
+    opened = open_images(source, split="test")
+    assert (opened.labels, opened.class_names, opened.notes) == (None, None, ())
+    assert open_images(source).class_names == ("cat", "dog")
+    # Two folders are classes, known or not.
+    source = pictures(tmp_path / "y.zip", *(f"{name}.png" for name in [*names, f"test/{below}dog/4"]))
+    assert sorted(open_images(source, split="test").class_names) == sorted(["cat", "dog", lone])
 
 
 @pytest.mark.parametrize("packing", ["folder", "zip"])

@@ -287,7 +287,7 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
     words = _SPLIT_OF
     note = ""
     notes: list[str] = []
-    training: list[str] = []
+    trained: set[str] = set()
     named = sorted(word for word in first if word.lower() in words)
     if len(named) >= 2 and len(first) > len(named):
         other = next(name for name in names if not name.startswith(tuple(f"{root}{word}/" for word in named)))
@@ -316,11 +316,14 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
         names = [name for name in names if name.startswith(f"{root}{kept[0]}/")]
         others = tuple(f"{root}{word}/" for word in first if word != kept[0])
         above = common_folder(training)
-        # A split may have images of one class only; its classes lie where those of the training split do.
+        trained = {name[len(above) :].split("/")[0] for name in training if name[len(above) :].count("/") == 1}
+        # A split may have images of one class only; its classes lie where those of the training split do. A lone folder
+        # that is no training class, such as images or unknown, holds images without labels.
         class_root = "/".join([f"{root}{kept[0]}", *above[len(root) :].split("/")[1:]])
         documents = {name: document for name, document in documents.items() if not name.startswith(others)}
         root, note = common_folder(names), f", split {kept[0]}"
-        if not (_are_classes(training, above) and _are_classes(names, class_root)):
+        known = class_root == root or root.removeprefix(class_root).rstrip("/") in trained
+        if not (known and _are_classes(training, above) and _are_classes(names, class_root)):
             class_root = root
     elif split != "train":
         raise MissingSplitError(
@@ -341,8 +344,6 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
         return ChosenFiles(names=names, labels=labels, note=note, notes=tuple(notes))
     classes = [name[len(class_root) :].split("/") for name in names]
     if _are_classes(names, class_root):
-        depth = len(common_folder(training))
-        trained = {name[depth:].split("/")[0] for name in training if name[depth:].count("/") == 1}
         class_names = sorted(trained, key=natural)
         class_names += sorted({parts[0] for parts in classes} - trained, key=natural)
         number = {name: i for i, name in enumerate(class_names)}
