@@ -16,7 +16,6 @@ import math
 import os
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ from numpy.typing import NDArray
 from stablefield._memory import size_text
 from stablefield._regular_file import open_regular
 from stablefield.data._archive import Archive, Readable
-from stablefield.data._colour import GREYED, greyed
 from stablefield.data._image_files import names_labels, stamp
 from stablefield.data._image_set import (
     CLASS_LIMIT,
@@ -85,7 +83,6 @@ def open_npz(
     resolution: Resolution | None = None,
     limit: int | None = None,
     resize: Resize = "crop",
-    grey: bool = False,
     memory_budget: int,
     cache: Path,
 ) -> ImageSet:
@@ -97,7 +94,6 @@ def open_npz(
         resolution: bring every image to this side or height and width as it is read.
         limit: without a resolution, choose the natural one up to this (see `natural_resolution`).
         resize: how.
-        grey: whether to make RGB images greyscale, before they are resized.
         memory_budget: bytes of pixels that may be kept in memory.
         cache: the folder for a packed file if they are more.
 
@@ -134,26 +130,13 @@ def open_npz(
             )
             if dtype.kind == "f":
                 return make_image_set(_floats(what, file, dtype, shape, memory_budget), labels(), origin)
-            pieces = (view(rows) for rows in read_rows(file, shape[0], shape[1:], what))
-            channels, *size = view(np.empty((1, *shape[1:]), np.uint8)).shape[1:]
-            if grey and channels == 3:
-                pieces, channels = map(greyed, pieces), 1
-                origin = replace(origin, conversions={GREYED: shape[0]})
             return gathered_set(
-                pieces,
+                (view(rows) for rows in read_rows(file, shape[0], shape[1:], what)),
                 shape[0],
-                (channels, *size),
+                view(np.empty((1, *shape[1:]), np.uint8)).shape[1:],
                 labels,
                 origin,
-                key=[
-                    str(path.resolve()),
-                    *stamp(path),
-                    images_key,
-                    labels_key,
-                    class_names,
-                    *notes,
-                    *origin.conversions,
-                ],
+                key=[str(path.resolve()), *stamp(path), images_key, labels_key, class_names, *notes],
                 resolution=resolution,
                 limit=limit,
                 resize=resize,

@@ -16,17 +16,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.data._resizing import gathered_set, origin_of
 from stablefield.data._scaling import chunks
 
-__all__ = [
-    "GREYED",
-    "REPEATED",
-    "Colour",
-    "background_name",
-    "channels_of",
-    "check_colour",
-    "converted_set",
-    "greyed",
-    "rgb_of",
-]
+__all__ = ["GREYED", "REPEATED", "Colour", "background_name", "channels_of", "check_colour", "converted_set", "rgb_of"]
 
 Colour: TypeAlias = Literal["auto", "grey", "rgb"]
 """Greyscale or RGB for all images; auto is greyscale only if all of them are."""
@@ -89,7 +79,7 @@ def converted_set(images: ImageSet, colour: Colour, *, memory_budget: int, cache
     change = GREYED if wanted == 1 else REPEATED
     manifest = images.manifest
     return gathered_set(
-        (greyed(piece) if wanted == 1 else piece.repeat(3, axis=1) for piece in chunks(images.images)),
+        (_grey(piece) if wanted == 1 else piece.repeat(3, axis=1) for piece in chunks(images.images)),
         len(images),
         (wanted, height, width),
         lambda: images.labels,
@@ -103,7 +93,7 @@ def converted_set(images: ImageSet, colour: Colour, *, memory_budget: int, cache
     )
 
 
-def greyed(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _grey(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Greyscale (k, 1, H, W) of RGB images (k, 3, H, W)."""
     red, green, blue = images.astype(np.uint32).transpose(1, 0, 2, 3)
     return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(np.uint8)[:, None]

@@ -6,7 +6,6 @@ A source is recognised by its content, not by its name. `SOURCES` lists the kind
 import dataclasses
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +73,9 @@ class Request:
         )
 
     def sized(self, images: ImageSet) -> ImageSet:
-        """Bring images that came as arrays to the requested resolution, or to one that suits a U-Net, and colour."""
+        """Bring images of one size to the requested resolution, or to one that suits a U-Net."""
         resolution = self.resolution
         if images.scaling is not None:
-            if self.colour != "auto":
-                raise ValueError(
-                    f"colour={self.colour}: {self.source} holds {images.images.dtype} data, which stay as they are: leave "
-                    "colour out, or save images as uint8."
-                )
             if resolution is not None:
                 raise ValueError(
                     f"resolution={resolution}: {self.source} holds {images.images.dtype} data, which are never resized: "
@@ -90,14 +84,19 @@ class Request:
             return images
         if resolution is None and self.limit is not None:
             resolution = natural_resolution([(images.shape[1], images.shape[2])], self.limit)
-        # Greyscale before resizing, as for image files: the other order gives other grey levels.
-        if self.colour == "grey":
-            images = self._coloured(images)
-        if resolution is not None:
-            images = resized_set(images, resolution, self.resize, memory_budget=self.memory_budget, cache=self.cache)
-        return self._coloured(images)
+        if resolution is None:
+            return images
+        return resized_set(images, resolution, self.resize, memory_budget=self.memory_budget, cache=self.cache)
 
-    def _coloured(self, images: ImageSet) -> ImageSet:
+    def coloured(self, images: ImageSet) -> ImageSet:
+        """Make greyscale or RGB images of those that came as arrays; image files already have the requested colour."""
+        if images.scaling is not None:
+            if self.colour != "auto":
+                raise ValueError(
+                    f"colour={self.colour}: {self.source} holds {images.images.dtype} data, which stay as they are: leave "
+                    "colour out, or save images as uint8."
+                )
+            return images
         return converted_set(images, self.colour, memory_budget=self.memory_budget, cache=self.cache)
 
 
@@ -220,10 +219,7 @@ SOURCES: tuple[Source, ...] = (
         open=lambda request: request.decoded(folder_files(request.path, request.split, parquet_files)),
         text="a folder of images, with sub-folders or dataset.json for classes",
     ),
-    Source(
-        recognise=_is_npz,
-        open=lambda request: _scaled(partial(open_npz, grey=request.colour == "grey"))(request),
-    ),
+    Source(recognise=_is_npz, open=_scaled(open_npz)),
     Source(recognise=lambda place: is_archive(place.path), open=_open_zip, text="a .zip of the same"),
     Source(
         recognise=lambda place: place.head[:6] == b"\x93NUMPY",
@@ -271,7 +267,8 @@ def open_images(
         resize: "crop" first cuts out the largest centred square, or part with the shape of `resolution`; "squash" takes the
             whole image.
         colour: "grey" or "rgb" makes all images greyscale (ITU-R 601, as Pillow) or RGB; "auto" makes a set of image files
-            greyscale only if all of them are, and keeps arrays as they are.
+            greyscale only if all of them are, and keeps arrays as they are. Image files become greyscale before they are
+            resized, arrays after it, so their grey levels may differ a little.
         background: the colour behind the transparent pixels of image files, "white", "black" or "#rrggbb"; in greyscale, its
             luma.
         split: which split, for sources that have several.
@@ -325,7 +322,7 @@ def open_images(
     )
     kind = _kind(source, request.path)
     try:
-        images = kind.open(request)
+        images = request.coloured(kind.open(request))
     except ValueError as error:
         # Code that checks labels or sizes does not know the file: name it here.
         if request.path.name in str(error) or kind in (_DIGITS, _HUB):
