@@ -357,7 +357,31 @@ def test_broken_and_missing_images_are_named_by_row(hub):
         ({}, {"label": [True, None]}, None, None, "1 of 2 rows have no label in the column label"),
         ({}, {"label": [1.0, 0.5]}, None, None, "The column label holds 0.5, which is no class number"),
         ({}, {"label": [1.0, float("inf")]}, None, None, "The column label holds inf, which is no class number"),
-        ({}, {"label": [[0, 1], [1, 0]]}, None, None, "The column label holds list<"),
+        ({}, {"label": [[0, 1], [1, 0]]}, None, None, "The column label holds lists, so there are no labels: write"),
+        (
+            {},
+            {"label": pyarrow.nulls(2)},
+            None,
+            None,
+            "The column label holds no values, so there are no labels: write",
+        ),
+        ({}, {"label": [{"a": 1}] * 2}, None, None, "The column label holds records, so there"),
+        # Floats and truth values may be other quantities, so they come last.
+        ({}, {"label": [0.1, 0.9], "labels": [0, 1]}, [0, 1], None, ""),
+        ({"kind": CLASSES}, {"label": [0.1, 0.9], "kind": [1, 0]}, [1, 0], ("cat", "dog"), ""),
+        ({"kind": CLASSES}, {"labels": [True, False], "kind": [1, 0]}, [1, 0], ("cat", "dog"), ""),
+        ({"kind": CLASSES}, {"label": [5, 0], "kind": [1, 0]}, [5, 0], None, ""),
+        # Prices and Unix times are no class numbers, and no error: the images are what they were.
+        (
+            {},
+            {"label": [350000.0, 1.0]},
+            None,
+            None,
+            "The column label holds 350000, which is no number of a class of up",
+        ),
+        ({}, {"label": [1.7e9, 1.6e9]}, None, None, "The column label holds 1700000000, which is no number of a class"),
+        ({}, {"label": [3e12, 0.0]}, None, None, "The column label holds 3000000000000, which is no number of a"),
+        ({}, {"label": [65535.0, 0.0]}, [65535, 0], None, ""),
         (
             {},
             {"Label": [1, 0], "note": [1, 2]},
@@ -384,6 +408,23 @@ def test_the_label_is_the_one_called_label_or_the_only_one(hub, features, column
     assert opened.class_names == names
     assert len(opened.recorded_notes) == bool(note)
     assert "".join(opened.notes).startswith(note)
+
+
+@pytest.mark.parametrize("label", [[1.0, 0.0] * 8, [True, False] * 8, [350000.0] * 16])
+def test_a_run_without_classes_resumes_on_a_table_whose_labels_were_not_read_at_its_start(tmp_path, label):
+    """As one of a version that read no floats and truth values; the table had no labels then."""
+    import stablefield as sf
+
+    images = rows(*range(16))
+    table = tmp_path / "a.parquet"
+    table.write_bytes(images)
+    network = sf.training.MLPConfig(width=8, depth=1)
+    recipe = sf.training.Recipe(steps=4, batch=8, checkpoint_every=2, sample_every=0, log_every=2, network=network)
+    stopped = sf.train(table, out=tmp_path / "run", recipe=recipe, device="cpu", stop=lambda: True)
+    assert stopped.step < 4
+    table.write_bytes(rows(*range(16), label=label))
+    assert open_images(table).labels is None or open_images(table).labels.tolist() == label
+    assert stopped.resume(device="cpu").step == 4
 
 
 def test_a_column_that_may_hold_labels_is_read_once_it_is_called_as_the_note_says(hub):

@@ -1,8 +1,8 @@
 """Find the columns of images and labels in a table by the type of their content.
 
-Labels come from the column `label` or `labels` (class labels, whole numbers, also stored as floats, truth values or texts)
-if there is one, else from the only column of class labels. If several columns qualify, none does but one seems to hold
-labels, or a row has none, there are no labels, and a note says why.
+Labels come from the column `label` or `labels` if it holds class labels, whole numbers or texts, else from the only column of
+class labels, else from `label` or `labels` of whole numbers stored as floats, or of truth values. If several columns qualify,
+none does but one seems to hold labels, or a row has none, there are no labels, and a note says why.
 """
 
 import math
@@ -13,12 +13,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield.data._image_files import names_labels, natural
-from stablefield.data._image_set import check_class_names
+from stablefield.data._image_set import CLASS_LIMIT, check_class_names
 
 __all__ = ["Labels", "image_column", "label_column", "read_labels"]
 
-_READ = ("ClassLabel", "number", "float", "bool", "text")
-"""The kinds of columns that labels are read from."""
+_CLASSES = ("ClassLabel", "number", "text")
+"""The kinds of columns that hold classes."""
+_READ = (*_CLASSES, "float", "bool")
+"""The kinds of columns that labels are read from; floats may be other quantities, such as prices or times."""
+_UNREAD = {
+    "list": "lists",
+    "large_list": "lists",
+    "fixed_size_list": "lists",
+    "sequence": "lists",
+    "null": "no values",
+    "struct": "records",
+    "bytes": "bytes",
+    "image": "images",
+    "timestamp": "times",
+    "date": "dates",
+    "decimal": "decimal numbers",
+}
+"""Plain words for how the other kinds begin, which are names of Arrow and of `datasets`."""
 LABEL_LIMIT = 2**31
 TEXT_LIMIT = 2**25
 """Limit on the total length of the distinct texts in a column of labels."""
@@ -56,17 +72,23 @@ def label_column(kinds: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]
     """The column of labels or None, and a note if there is none although a column seems to hold them."""
     classes = [column for column, kind in kinds.items() if kind == "ClassLabel"]
     called = [column for column in ("label", "labels") if column in kinds]
-    found = [column for column in called if kinds[column] in _READ]
-    if found or len(classes) == 1:
-        return (found or classes)[0], ()
+    found = [column for column in called if kinds[column] in _CLASSES]
+    found += classes if len(classes) == 1 else []
+    found += [column for column in called if kinds[column] in _READ]
+    if found:
+        return found[0], ()
     if classes:
         columns = ", ".join(classes)[:1000]
         return None, (
             f"The columns {columns} all hold class labels and none is called label, so there are no labels: rename one.",
         )
     if called:
+        kind = kinds[called[0]]
+        what = next(
+            (words for name, words in _UNREAD.items() if kind.lower().startswith(name)), f"values of type {kind}"
+        )
         return None, (
-            f"The column {called[0]} holds {kinds[called[0]]}, so there are no labels: write a class number from 0, or a "
+            f"The column {called[0]} holds {what}, so there are no labels: write a class number from 0, or a "
             "text, in each row.",
         )
     similar = [column for column, kind in kinds.items() if kind in _READ and names_labels(column)]
@@ -121,6 +143,13 @@ def read_labels(column: str, kind: str, values: Iterable[object], names: tuple[s
         note = (
             f"{unlabelled:,} of {len(found):,} rows have no label in the column {column} (none, or below 0), so the labels "
             "are ignored: give each row a label, or leave these rows out."
+        )
+        return None, None, (note,)
+    most = max(CLASS_LIMIT, len(found))
+    if kind == "float" and max(found) >= most:
+        note = (
+            f"The column {column} holds {max(found)}, which is no number of a class of up to {most:,}, so the labels are "
+            "ignored: number the classes 0, 1, 2, ..."
         )
         return None, None, (note,)
     if kind == "text":
