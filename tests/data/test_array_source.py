@@ -246,6 +246,7 @@ def test_labels_of_an_npz_under_another_name_are_noted_and_read_under_the_name_t
     values = np.random.default_rng(0).normal(size=(4, 5)) if images == "data" else noise((4, 6, 6))
     numbers = np.array([1, 0, 2, 1], np.int16)
     beside = {"seeds": np.arange(4), "weights": np.ones(4), "edges": np.arange(5), "objects": np.array([None] * 4)}
+    beside |= {name: np.arange(4) for name in ("image_ids", "frame", "target_width")}
     np.savez(tmp_path / "x.npz", **{images: values, other: numbers}, **beside)
     opened = open_images(tmp_path / "x.npz", memory_budget=2**20)
     assert opened.labels is None
@@ -258,6 +259,11 @@ def test_labels_of_an_npz_under_another_name_are_noted_and_read_under_the_name_t
     opened = open_images(tmp_path / "x.npz")
     assert (opened.labels.tolist(), opened.notes) == ([1, 0, 2, 1], ())
     np.savez(tmp_path / "x.npz", **{images: values}, **beside)
+    assert open_images(tmp_path / "x.npz").notes == ()
+
+
+def test_one_value_beside_one_image_may_be_anything(tmp_path):
+    np.savez(tmp_path / "x.npz", images=noise((1, 6, 6)), num_classes=np.array([10]), classes=np.array([10]))
     assert open_images(tmp_path / "x.npz").notes == ()
 
 
@@ -556,7 +562,15 @@ def test_float_data_whose_channels_seem_to_come_last_have_a_note(tmp_path, shape
     assert not any("come last" in note for note in open_images(tmp_path / "x.npy").notes)
 
 
-@pytest.mark.parametrize("shape", [(6, 100, 2), (6, 12, 3), (6, 24, 1), (6, 64, 16)])
+@pytest.mark.parametrize(
+    "shape", [(6, 64, 4), (6, 255, 3), (6, 63, 1), (6, 12, 3), (6, 512, 8), (6, 64, 16), (6, 2, 2)]
+)
+def test_encoded_series_of_many_channels_and_few_values_have_no_note(tmp_path, shape):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=shape))
+    assert not any("come last" in note for note in open_images(tmp_path / "x.npy").notes)
+
+
+@pytest.mark.parametrize("shape", [(6, 100, 2), (6, 64, 2), (6, 64, 1), (6, 256, 3), (6, 300, 4)])
 @pytest.mark.parametrize("kind", ["npy", "npz", "safetensors", "array"])
 def test_a_series_whose_channels_seem_to_come_last_has_a_note_whose_remedy_scales_each_channel(tmp_path, shape, kind):
     values = np.random.default_rng(0).normal(size=shape) * np.arange(1, shape[2] + 1)
@@ -574,7 +588,7 @@ def test_a_series_whose_channels_seem_to_come_last_has_a_note_whose_remedy_scale
 
     (note,) = (note for note in read(values).notes if "read as" in note)
     assert note.startswith(f"Samples of shape {shape[1:]} are read as {shape[1]} channels of {shape[2]} value")
-    assert note.endswith(f"of {shape[1]} values pass x.transpose(0, 2, 1).")
+    assert note.endswith("if their channels come last, pass x.transpose(0, 2, 1).")
     moved = read(values.transpose(0, 2, 1))
     assert not any("read as" in note for note in moved.notes)
     np.testing.assert_allclose(moved.scaling.std, values.std(axis=(0, 1)))

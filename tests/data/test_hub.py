@@ -399,6 +399,7 @@ def test_broken_and_missing_images_are_named_by_row(hub):
         ({}, {"label": [0, 1], "class": ["a", "b"]}, [0, 1], None, ""),
         ({"class": CLASSES}, {"class": [1, 0]}, [1, 0], ("cat", "dog"), ""),
         ({}, {"caption": ["a", "b"], "width": [4, 4], "glass": [1, 2]}, None, None, ""),
+        ({}, {"target_width": [512, 512], "class_weight": [0.5, 1.5], "target_caption": ["a", "b"]}, None, None, ""),
     ],
 )
 def test_the_label_is_the_one_called_label_or_the_only_one(hub, features, columns, expected, names, note):

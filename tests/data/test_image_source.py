@@ -15,7 +15,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from stablefield.data import MissingSplitError, open_images, pack, summary
+from stablefield.data import _image_files as image_files
 from stablefield.data import _image_loader as image_loader
+from stablefield.data._image_files import ChosenFiles, names_labels, table_note
 from stablefield.data._resizing import natural_resolution, raised_resolution
 
 
@@ -174,6 +176,16 @@ def pictures(path, *names):
             "split, name its folder, such as test_images, or call the folders test, train.",
         ),
         (
+            ["train_a/1", "train_a/2", "val_a/3", "train/4"],
+            ("train", "train_a", "val_a"),
+            "such as train_a, or call the folders train, val.",
+        ),
+        (
+            ["train_images/1", "training-images/2", "test_images/3"],
+            ("test_images", "train_images", "training-images"),
+            "to read one split, name its folder, such as test_images.",
+        ),
+        (
             ["in/Train 2017/a", "in/val2017/c"],
             ("Train 2017", "val2017"),
             "to read one split, name its folder, such as in/T",
@@ -193,10 +205,20 @@ def pictures(path, *names):
         ),
         (["cat/train/1", "dog/test/2"], None, "The folders dog/test, cat/train seem to be splits"),
         (
-            ["a/x/1", "a/y/2", "b/x/3"],
+            ["a/x/1", "a/2", "b/x/3"],
             None,
-            "The 2 folders do not count as classes, because 3 of 3 images lie in folders below them, the first a/x/1.png",
+            "The 2 folders do not count as classes, because 2 of 3 images lie in folders below them, the first a/x/1.png",
         ),
+        # Folders of something else than classes: LSUN's, patients, dates.
+        (["a/x/1", "a/y/2", "b/x/3"], None, None),
+        (["0/1/a/x1", "0/2/b/x2", "1/0/c/x3"], None, None),
+        (["patient1/ct/1", "patient1/mr/2", "patient2/ct/3"], None, None),
+        # Classes that are called as splits are, and actors.
+        (["train/1", "bus/2", "test tube/3"], ("bus", "test tube", "train"), None),
+        (["train/1", "val/2", "bus/3", "car/4"], ("bus", "car", "train", "val"), None),
+        (["Dev_Patel/1", "Val_Kilmer/2"], ("Dev_Patel", "Val_Kilmer"), None),
+        (["train_1/1", "val_1/2", "cat/3", "dog/4"], ("cat", "dog", "train_1", "val_1"), None),
+        (["a/train/1", "a/test/2", "a/left/3", "b/right/4"], None, None),
         (["train_station/1", "harbour/2"], ("harbour", "train_station"), None),
         (["devices/1", "trains/2", "tests/3"], ("devices", "tests", "trains"), None),
         (["train/a/1", "train/b/2", "test/a/3"], ("a", "b"), None),
@@ -292,6 +314,50 @@ def test_labels_beside_the_images_that_are_not_read_have_a_note(tmp_path, packin
             (source / name).unlink()
         read = open_images(source)
         assert (read.labels.tolist(), read.recorded_notes) == ([3, 1], ())
+
+
+def test_labels_beside_images_that_have_labels_or_in_the_folders_of_other_splits_have_no_note(tmp_path):
+    image = png_bytes(pixels())
+    classes = {f"{name}/1.png": image for name in "ab"}
+    for name in ("metadata.csv", "metadata.jsonl", "metadata.parquet", "a/metadata.csv", "labels.csv"):
+        opened = open_images(zipped(tmp_path / "a.zip", classes | {name: b"x"}))
+        assert (opened.labels.tolist(), opened.notes) == ([0, 1], ())
+    splits = {f"set/{name}/1.png": image for name in ("train", "val", "test")} | {"set/val/labels.csv": b"x"}
+    for split, said in (("train", 0), ("val", 1), ("test", 0)):
+        assert len(open_images(zipped(tmp_path / "b.zip", splits), split=split).notes) == said
+    assert len(open_images(zipped(tmp_path / "b.zip", splits | {"set/labels.csv": b"x"})).notes) == 1
+    # The folders give the labels, and that of a document in one of them does not count.
+    opened = open_images(zipped(tmp_path / "c.zip", classes | {"a/dataset.json": dataset([["1.png", 5]])}))
+    assert opened.labels.tolist() == [0, 1]
+    assert opened.notes == ("a/dataset.json is not read, because the folder of each image gives its label.",)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(
+            (name, True)
+            for name in ("y", "Y", "label", "trainLabels", "class_id", "className", "target-number", "CLASS")
+        ),
+        *((name, True) for name in ("labels_train", "image_class", "label2", "categories")),
+        *(
+            (name, False)
+            for name in ("target_width", "class_weight", "glass", "subclasses", "labelled_by", "x", "", "id")
+        ),
+        *((name, False) for name in ("image_id", "target_image_path", "names", "classifier")),
+    ],
+)
+def test_a_name_seems_to_hold_labels_if_its_last_word_says_so(name, expected):
+    assert names_labels(name) == expected
+
+
+def test_captions_beside_millions_of_images_take_no_time_and_no_memory(tmp_path, monkeypatch):
+    """Their names are compared as texts; the words of a name are split only if one may be a word for labels."""
+    split = []
+    monkeypatch.setattr(image_files.re, "findall", lambda *args: split.append(args) or [])
+    beside = [f"in/{k:04d}.{suffix}" for k in range(100) for suffix in ("txt", "json", "npy")]
+    assert table_note(beside, ChosenFiles(names=["in/1.png"])) == ()
+    assert split == []
 
 
 def test_a_dataset_json_of_another_split_or_below_one_that_is_read_is_no_loss_without_a_word(tmp_path):

@@ -46,8 +46,6 @@ AS_THEY_ARE = "float data are taken as they are"
 """How the note begins that says what float data are taken for."""
 HEADER_LIMIT = 10_000
 """Bytes of a .npy header: NumPy itself accepts no more."""
-_NO_LABELS = frozenset(["seeds", "seed", "ids", "id", "index", "indices", "idx"])
-"""Names of arrays of whole numbers, one per image, that are no labels; our own files of samples have seeds."""
 NAMES_LIMIT = 2**24
 """Bytes that the class names may take."""
 
@@ -223,7 +221,8 @@ def _label_note(archive: Archive, arrays: dict[str, zipfile.ZipInfo], wanted: st
     """A note on arrays that may hold the labels of `count` images under another name; none without such arrays."""
     similar: list[str] = []
     for key, entry in sorted(arrays.items()):
-        if key.lower() in _NO_LABELS:
+        # Any array of one value fits a single image.
+        if count == 1 or not names_labels(key):
             continue
         try:
             with archive.open(entry) as file:
@@ -235,8 +234,7 @@ def _label_note(archive: Archive, arrays: dict[str, zipfile.ZipInfo], wanted: st
             similar.append(key)
     if not similar:
         return ()
-    named = [key for key in similar if names_labels(key)] or similar
-    which = f"the array {named[0]}" if len(named) == 1 else f"one of the arrays {', '.join(named)}"
+    which = f"the array {similar[0]}" if len(similar) == 1 else f"one of the arrays {', '.join(similar)}"
     return (f"No array is called {wanted}, so there are no labels: if {which[:1000]} holds them, save it as {wanted}.",)
 
 

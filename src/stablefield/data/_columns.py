@@ -1,8 +1,8 @@
 """Find the columns of images and labels in a table by the type of their content.
 
-Labels come from the column `label` or `labels` if it holds class labels, whole numbers or texts, else from the only column of
-class labels, else from `label` or `labels` of whole numbers stored as floats, or of truth values. If several columns qualify,
-none does but one seems to hold labels, or a row has none, there are no labels, and a note says why.
+Labels come from the column `label` or `labels` if it holds class labels, whole numbers or texts, else from the only column
+of class labels, else from `label` or `labels` of whole numbers stored as floats, or of truth values. If several columns
+qualify, none does but one seems to hold labels, or a row has none, there are no labels, and a note says why.
 """
 
 import math

@@ -7,11 +7,11 @@ Files are recognised by their suffix, ordered by name, and found in sub-folders 
   the requested split are read;
 - labels come from `dataset.json`, `{"labels": [["a/b.png", 3], ...]}` with names relative to its folder, if there is one
   (its labels may be null: none);
-- a table, such as metadata.csv, is not read, and a note says so;
+- a table, such as metadata.csv, is not read, and a note says so if there are no labels;
 - otherwise, if every image lies in exactly one level of sub-folder, and there are at least two, the sub-folders are the
   classes. They are numbered in the natural order of their names (2 before 10), in every split as in the training split.
-  If an image lies elsewhere, there are no classes, and the manifest notes why. It also notes folders that seem to be splits
-  and do not count as such, whose images are all read.
+  If images lie elsewhere, there are no classes, and the manifest notes why if others lie so. It also notes folders that
+  seem to be splits and do not count as such, whose images are all read.
 """
 
 import json
@@ -84,6 +84,8 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _TABLES = frozenset([".csv", ".tsv", ".jsonl", ".json", ".txt"])
 """Suffixes of other tables, if their names say that they hold labels."""
 _LABEL_WORDS = frozenset(["label", "labels", "class", "classes", "cls", "target", "targets", "category", "categories"])
+_FOLLOWING = frozenset(["id", "ids", "name", "names", "number", "numbers"])
+"""Words that may follow those, beside words for a split."""
 NOTED = 200
 """Letters of a name in a note: notes go into the header of a packed file."""
 SPLITS = {
@@ -91,6 +93,8 @@ SPLITS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+_GENERIC = "(sets?|data|images?|imgs?|splits?)+$"
+"""Ends of words of a folder's name that say nothing about its images."""
 _SPLIT_OF = {word: key for key, words in SPLITS.items() for word in words}
 
 DOCUMENT_SHARE = 512
@@ -159,7 +163,7 @@ def folder_files(
                 paths[name] = path
             elif suffix in _UNREAD:
                 unread.append(file)
-            else:
+            elif _is_table(file):
                 beside.append(name)
     parquet = [paths.pop(name) for name in list(paths) if name.lower().endswith(".parquet")]
     if parquet and tables is not None:
@@ -220,7 +224,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
             if suffix not in SUFFIXES and parts[-1] != "dataset.json":
                 if suffix in _UNREAD:
                     unread.append(parts[-1])
-                else:
+                elif _is_table(parts[-1]):
                     beside.append(name)
                 continue
             if name in entries:
@@ -268,6 +272,8 @@ class ChosenFiles:
     class_names: tuple[str, ...] | None = None
     note: str = ""
     notes: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    """The folders of other splits, each with a slash at its end."""
 
 
 def hidden(name: str) -> bool:
@@ -287,6 +293,7 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
     words = _SPLIT_OF
     note = ""
     notes: list[str] = []
+    others: tuple[str, ...] = ()
     trained: set[str] = set()
     named = sorted(word for word in first if word.lower() in words)
     if len(named) >= 2 and len(first) > len(named):
@@ -296,10 +303,12 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
                 f"{where} holds the splits {', '.join(named)} and beside them {other}, which is in none: move it, or name "
                 f"the folder of one split, such as {root}{named[0]}."
             )
-        notes.append(
-            f"The folders {', '.join(named)} do not count as splits, because {other[:NOTED]} is in none of them, so the "
-            "images of all of them are read: to read one split, name its folder."
-        )
+        # Among many other folders they are classes, such as train beside bus and car.
+        if 2 * len(named) > len(first):
+            notes.append(
+                f"The folders {', '.join(named)} do not count as splits, because {other[:NOTED]} is in none of them, so "
+                "the images of all of them are read: to read one split, name its folder."
+            )
     class_root = root
     if len(first) >= 2 and all(word.lower() in words for word in first):
         kept = [word for word in first if words[word.lower()] == words.get(split.lower(), split)]
@@ -332,27 +341,35 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
     else:
         notes += [] if notes else _mixed_note(first, root)
     notes += _inner_note(names, root)
-    splits_noted = bool(notes)
     folders = {name.removesuffix("dataset.json"): name for name in sorted(documents, key=len)}
     holder = next(filter(root.startswith, folders), None)
-    notes += _document_note(
-        [name for place, name in folders.items() if place != holder], root, folders.get(holder or "")
-    )
+    are_classes = holder is None and _are_classes(names, class_root)
+    given = "the folder of each image gives its label" if are_classes else ""
+    if holder is not None:
+        given = f"{folders[holder][:NOTED]} gives the labels of all images"
+    notes += _document_note([name for place, name in folders.items() if place != holder], root, given)
     if holder is not None:
         name = folders[holder]
         labels = _document_labels([n[len(holder) :] for n in names], documents[name], f"{where}/{name}")
-        return ChosenFiles(names=names, labels=labels, note=note, notes=tuple(notes))
+        return ChosenFiles(names=names, labels=labels, note=note, notes=tuple(notes), others=others)
     classes = [name[len(class_root) :].split("/") for name in names]
-    if _are_classes(names, class_root):
+    if are_classes:
         class_names = sorted(trained, key=natural)
         class_names += sorted({parts[0] for parts in classes} - trained, key=natural)
         number = {name: i for i, name in enumerate(class_names)}
         labels = np.array([number[parts[0]] for parts in classes], np.int64)
-        return ChosenFiles(names=names, labels=labels, class_names=tuple(class_names), note=note, notes=tuple(notes))
+        return ChosenFiles(
+            names=names,
+            labels=labels,
+            class_names=tuple(class_names),
+            note=note,
+            notes=tuple(notes),
+            others=others,
+        )
     holding = {parts[0] for parts in classes if len(parts) >= 2}
     stray = [name for name, parts in zip(names, classes, strict=True) if len(parts) != 2]
-    # Where no image lies as those of classes do, a note on splits says it all.
-    if len(holding) >= 2 and not (splits_noted and len(stray) == len(names)):
+    # Where no image lies as those of classes do, the folders mean something else, such as patients or parts of a data set.
+    if len(holding) >= 2 and len(stray) < len(names):
         deeper = all(len(parts) > 2 for parts in classes if len(parts) != 2)
         notes.append(
             f"The {len(holding):,} folders do not count as classes, because {len(stray):,} of {len(names):,} images "
@@ -360,7 +377,7 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
             f"{stray[0][:NOTED]}: for classes, move {'it' if len(stray) == 1 else 'them'} into one of the folders or away, "
             "or write a dataset.json."
         )
-    return ChosenFiles(names=names, note=note, notes=tuple(notes))
+    return ChosenFiles(names=names, note=note, notes=tuple(notes), others=others)
 
 
 def _are_classes(names: Sequence[str], root: str) -> bool:
@@ -375,59 +392,71 @@ def split_word(name: str) -> str:
 
 
 def _seeming_splits(folders: Iterable[str]) -> dict[str, list[str]]:
-    """The folders of each split that their names begin or end with, such as train_images, testset or cats-val."""
+    """The folders of each split that seem to be splits; none unless most of the folders do.
+
+    Their names begin or end with a word for a split, and differ in that word only, such as train_images beside test_images,
+    trainset beside testset, or cats-train beside cats-val: `test tube` beside `train` are classes.
+    """
+    alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    folders = list(filter(None, folders))
+    named = sorted(folder for folder in folders if any(word in folder.lower() for word in _SPLIT_OF))
+    # Most sets are done here, before the words of millions of folders are split.
+    for folder in named if 2 * len(named) > len(folders) else ():
+        words = [re.sub(_GENERIC, "", word) for word in re.findall("[a-z]+", folder.lower())]
+        ends = {0, len(words) - 1} if words else set()
+        place = next((k for k in sorted(ends) if words[k] in _SPLIT_OF), None)
+        if place is not None:
+            rest = tuple(word for k, word in enumerate(words) if word and k != place)
+            alike.setdefault(rest, {}).setdefault(_SPLIT_OF[words[place]], []).append(folder)
     splits: dict[str, list[str]] = {}
-    for folder in sorted(folders):
-        words = re.findall("[a-z]+", folder.lower())
-        for word in (*words[:1], *words[-1:]):
-            key = _SPLIT_OF.get(re.sub("(sets?|data|images?|imgs?|splits?)$", "", word))
-            if key is not None:
-                splits.setdefault(key, []).append(folder)
-                break
-    return splits
+    for found in alike.values():
+        for key, those in found.items() if len(found) >= 2 else ():
+            splits.setdefault(key, []).extend(those)
+    return splits if 2 * sum(map(len, splits.values())) > len(folders) else {}
 
 
 def _mixed_note(folders: Iterable[str], root: str) -> tuple[str, ...]:
     """A note on folders below `root` that seem to be splits, of which all images are read; none without such folders."""
     splits = _seeming_splits(folders)
-    if len(splits) < 2:
+    if not splits:
         return ()
     shown = ", ".join(folder for found in splits.values() for folder in found)
+    # Two folders cannot have one name.
+    single = all(len(found) == 1 for found in splits.values())
+    renamed = f", or call the folders {', '.join(splits)}" if single else ""
     return (
         f"The folders {shown[:NOTED]} seem to be splits, but the images of all of them are read: to read one split, name "
-        f"its folder, such as {root}{next(iter(splits.values()))[0][:NOTED]}, or call the folders {', '.join(splits)}.",
+        f"its folder, such as {root}{next(iter(splits.values()))[0][:NOTED]}{renamed}.",
     )
 
 
 def _inner_note(names: Sequence[str], root: str) -> tuple[str, ...]:
     """A note on folders within those of `root` that seem to be splits; none without such folders."""
-    within = {
-        place: f"{root}{parts[0]}/{'/'.join(parts[1 : k + 1])}"
-        for parts in (name[len(root) :].split("/") for name in names)
-        for k, place in enumerate(parts[:-1])
-        if k
-    }
-    splits = _seeming_splits(within)
-    if len(splits) < 2:
-        return ()
-    places = [found[0] for found in splits.values()]
-    shown = ", ".join(within[place] for place in places)
-    return (
-        f"The folders {shown[:NOTED]} seem to be splits, but the images of all of them are read, and the folders above them "
-        f"do not count as classes: to read one split with classes, put the folders of the classes into those of the splits, "
-        f"such as {root}{next(iter(splits))}/{within[places[0]][len(root) :].split('/')[0][:NOTED]}.",
-    )
+    places = sorted({name.rpartition("/")[0] for name in names})
+    parts = [place[len(root) :].split("/") for place in places if len(place) > len(root)]
+    for k in range(1, max(map(len, parts), default=0)):
+        splits = _seeming_splits({part[k] for part in parts if len(part) > k})
+        if splits:
+            within = {part[k]: part[: k + 1] for part in parts if len(part) > k}
+            found = [within[folders[0]] for folders in splits.values()]
+            shown = ", ".join(root + "/".join(part) for part in found)
+            return (
+                f"The folders {shown[:NOTED]} seem to be splits, but the images of all of them are read, and the folders "
+                "above them do not count as classes: to read one split with classes, put the folders of the classes into "
+                f"those of the splits, such as {root}{next(iter(splits))}/{found[0][0][:NOTED]}.",
+            )
+    return ()
 
 
-def _document_note(unused: Sequence[str], root: str, used: str | None) -> tuple[str, ...]:
-    """A note on documents that give no labels to images in the folder `root`; none without such documents."""
+def _document_note(unused: Sequence[str], root: str, given: str) -> tuple[str, ...]:
+    """A note on documents that give no labels to images in the folder `root`, since others are given; none without any."""
     if not unused:
         return ()
     which = (
         f"{unused[0][:NOTED]} is" if len(unused) == 1 else f"{len(unused):,} files, such as {unused[0][:NOTED]}, are"
     )
-    if used is not None:
-        return (f"{which} not read, because {used[:NOTED]} gives the labels of all images.",)
+    if given:
+        return (f"{which} not read, because {given}.",)
     place = f"the folder {root.rstrip('/')[:NOTED]}" if root else "the folder that holds them all"
     return (
         f"{which} not read, because not all images lie in {'its folder' if len(unused) == 1 else 'one of their folders'}: "
@@ -436,18 +465,15 @@ def _document_note(unused: Sequence[str], root: str, used: str | None) -> tuple[
 
 
 def table_note(names: Sequence[str], chosen: ChosenFiles) -> tuple[str, ...]:
-    """A note on tables that may hold labels of the chosen images; none without such tables.
+    """A note on tables that may hold labels of the chosen images; none without such tables, or if the images have labels.
 
     Args:
         names: the names of files beside the images, of any kind.
-        chosen: the images; if they have labels, only tables that `datasets` would read are worth a note.
+        chosen: the images.
     """
-
-    def is_table(path: PurePosixPath) -> bool:
-        named = path.stem.lower() == "metadata" or names_labels(path.stem)
-        return path.name in METADATA or (chosen.labels is None and path.suffix.lower() in _TABLES and named)
-
-    tables = sorted(name for name in names if is_table(PurePosixPath(name)))
+    if chosen.labels is not None:
+        return ()
+    tables = sorted(name for name in names if _is_table(name) and not name.startswith(chosen.others))
     if not tables:
         return ()
     first = tables[0][:NOTED]
@@ -459,14 +485,26 @@ def table_note(names: Sequence[str], chosen: ChosenFiles) -> tuple[str, ...]:
     )
 
 
+def _is_table(name: str) -> bool:
+    """Whether a file of this name is a table that seems to hold labels; called for each of millions of captions."""
+    file = name.rpartition("/")[2]
+    stem, _, suffix = file.rpartition(".")
+    if f".{suffix.lower()}" in _TABLES:
+        return stem.lower() == "metadata" or names_labels(stem)
+    return file in METADATA
+
+
 def names_labels(name: str) -> bool:
-    """Whether a column, an array or a file of this name seems to hold labels: `y`, `Label`, `class_id`, `trainLabels`."""
-    return name.lower() == "y" or not _LABEL_WORDS.isdisjoint(_words(name))
+    """Whether a column, an array or a file of this name seems to hold labels: `y`, `Label`, `class_id`, `trainLabels`.
 
-
-def _words(name: str) -> set[str]:
-    """The words of a name, in small letters."""
-    return {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+    Its last word must say so, but for a few words that may follow: `target_width` is no label.
+    """
+    low = name.lower()
+    if not any(word in low for word in _LABEL_WORDS):
+        return low == "y"
+    words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+    saying = [word for word in words if word not in _FOLLOWING and word not in _SPLIT_OF]
+    return bool(saying) and saying[-1] in _LABEL_WORDS
 
 
 def _unread_note(names: Sequence[str]) -> tuple[str, ...]:

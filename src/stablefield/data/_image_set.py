@@ -59,8 +59,8 @@ _DARK = 32
 """Images without a brighter value are likely to have another scale: masks of 0 and 1, or digits of 0 to 16."""
 _CHANNELS = 16
 """Length of a last axis up to which it may be one of channels."""
-_STEPS = 4
-"""How many times as long the axis before it then is, at least, in a series."""
+_SERIES = 256
+"""Length L from which (n, L, C) seems to be a series of up to 4 channels; of up to 2, from a quarter of it on."""
 CLASS_LIMIT = 2**16
 """How many classes there may be, if there are not more images: later stages take memory for each class."""
 
@@ -338,12 +338,15 @@ class ImageSet:
         """A note on float data whose channels seem to come last."""
         if self.scaling is None or self.shape[-1] > _CHANNELS:
             return None
-        if len(self.shape) == 2 and self.shape[0] >= _STEPS * self.shape[1]:
+        if len(self.shape) == 2:
             length, channels = self.shape
+            # Shorter ones may be encoded series, of many channels and few values.
+            if channels > 4 or length < (_SERIES if channels > 2 else _SERIES // 4):
+                return None
             plural = "s" * (channels > 1)
             return (
                 f"Samples of shape {self.shape} are read as {length} channels of {channels} value{plural}, each scaled on "
-                f"its own: for {channels} channel{plural} of {length} values pass x.transpose(0, 2, 1)."
+                "its own: if their channels come last, pass x.transpose(0, 2, 1)."
             )
         if len(self.shape) != 3:
             return None
