@@ -14,6 +14,7 @@ from PIL import Image
 
 import stablefield as sf
 from stablefield.data import MissingSplitError, Origin, make_image_set, open_images
+from stablefield.data import _arrays as arrays
 
 
 def noise(shape, seed=0):
@@ -241,7 +242,7 @@ def test_labels_of_an_npz_are_found_under_the_usual_names(tmp_path, keys, column
     ],
 )
 def test_labels_of_an_npz_under_another_name_are_noted_and_read_under_the_name_that_the_note_says(
-    tmp_path, images, other, wanted
+    tmp_path, monkeypatch, images, other, wanted
 ):
     values = np.random.default_rng(0).normal(size=(4, 5)) if images == "data" else noise((4, 6, 6))
     numbers = np.array([1, 0, 2, 1], np.int16)
@@ -255,6 +256,11 @@ def test_labels_of_an_npz_under_another_name_are_noted_and_read_under_the_name_t
     if images != "data":
         mapped = open_images(tmp_path / "x.npz", memory_budget=0, cache=tmp_path / "cache")
         assert (mapped.notes, mapped.file is None) == (opened.notes, False)
+        # A version that says something else maps the same file.
+        with monkeypatch.context() as patch:
+            patch.setattr(arrays, "_label_note", lambda *_: ("Another note.",))
+            again = open_images(tmp_path / "x.npz", memory_budget=0, cache=tmp_path / "cache")
+        assert (again.notes, again.file) == (("Another note.",), mapped.file)
     np.savez(tmp_path / "x.npz", **{images: values, wanted: numbers}, **beside)
     opened = open_images(tmp_path / "x.npz")
     assert (opened.labels.tolist(), opened.notes) == ([1, 0, 2, 1], ())

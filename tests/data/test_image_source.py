@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from stablefield.data import MissingSplitError, open_images, pack, summary
+from stablefield.data import _collector as collector
 from stablefield.data import _image_files as image_files
 from stablefield.data import _image_loader as image_loader
 from stablefield.data._image_files import ChosenFiles, names_labels, table_note
@@ -1055,6 +1056,34 @@ def test_images_beyond_the_memory_budget_are_mapped_and_kept_for_the_next_time(t
     save(tmp_path / "in" / "a" / "1.png", pixels(seed=7))
     changed = open_images(tmp_path / "in", skip_broken=True, **small)
     np.testing.assert_array_equal(changed.images[1], chw(pixels(seed=7)))
+
+
+def test_another_note_is_no_reason_to_decode_anew(tmp_path, monkeypatch):
+    for name in ("1", "2"):
+        save(tmp_path / "in" / f"{name}.png", pixels())
+    keys = []
+
+    def cached(folder, key, notes):
+        keys.append(key)
+        return collector.cached(folder, key, notes)
+
+    monkeypatch.setattr(image_loader, "cached", cached)
+    opened = open_images(tmp_path / "in", memory_budget=10, cache=tmp_path / "cache")
+    (file,), (plain,) = (tmp_path / "cache").iterdir(), keys
+    monkeypatch.setattr(image_loader, "decode", None)
+    (tmp_path / "in" / "labels.csv").write_text("1,0")
+    noted = open_images(tmp_path / "in", memory_budget=10, cache=tmp_path / "cache")
+    assert (noted.file, noted.manifest["sha256"]) == (file, opened.manifest["sha256"])
+    assert (opened.notes, [note.split(",")[0] for note in noted.notes]) == ((), ["labels.csv is not read"])
+    # A file of an earlier version, named by its notes, too.
+    (earlier,) = (key for key in keys if key != plain)
+    named, _ = collector.cached(tmp_path / "cache", earlier, ())
+    file.rename(named)
+    assert open_images(tmp_path / "in", memory_budget=10, cache=tmp_path / "cache").file == named
+    # Its note is gone with the table.
+    named.rename(file)
+    (tmp_path / "in" / "labels.csv").unlink()
+    assert open_images(tmp_path / "in", memory_budget=10, cache=tmp_path / "cache").notes == ()
 
 
 def test_a_cache_disk_that_is_too_small_is_said_before_decoding(tmp_path, monkeypatch):

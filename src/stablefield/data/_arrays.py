@@ -134,7 +134,7 @@ def open_npz(
                 view(np.empty((1, *shape[1:]), np.uint8)).shape[1:],
                 labels,
                 origin,
-                key=[str(path.resolve()), *stamp(path), images_key, labels_key, class_names, *notes],
+                key=[str(path.resolve()), *stamp(path), images_key, labels_key, class_names],
                 resolution=resolution,
                 limit=limit,
                 resize=resize,

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,11 +34,18 @@ def cache_folder() -> Path:
     return (Path(folder) if folder else Path.home() / ".cache") / "stablefield"
 
 
-def cached(folder: Path, key: str) -> tuple[Path, ImageSet | None]:
-    """The cache file for `key`, which determines its content, and that content if the file exists and is intact."""
+def cached(folder: Path, key: str, notes: tuple[str, ...]) -> tuple[Path, ImageSet | None]:
+    """The cache file for `key`, which determines its pixels and labels, and its content if the file exists and is intact.
+
+    Args:
+        folder: the folder of the file.
+        key: determines the content.
+        notes: those of the content now; the file may be of a version that said other things.
+    """
     path = folder / f"images-{hashlib.sha256(key.encode()).hexdigest()[:20]}.stablefield"
     try:
-        return path, open_packed(path)
+        found = open_packed(path)
+        return path, replace(found, manifest={**found.manifest, "notes": list(notes)})
     except ValueError:
         return path, None
 

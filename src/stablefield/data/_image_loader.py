@@ -115,11 +115,13 @@ def load_image_files(
         shape, resized = _common_shape(files.names, headers, resolution, resize, colour)
         file = cache
         if len(headers) * math.prod(shape) > memory_budget:
-            parts = [files.fingerprint(), labels_sha256(files.labels), files.class_names, notes, shape, resized]
-            parts += [background] * (background != "white")
-            file, found = cached(cache, json.dumps(parts))
-            if found is not None and (skip_broken or found.manifest.get("skipped") == 0):
-                return found
+            begin = [files.fingerprint(), labels_sha256(files.labels), files.class_names]
+            end = [shape, resized, *[background] * (background != "white")]
+            # A new note is no reason to decode anew; earlier versions named the file by the notes, too.
+            for named in dict.fromkeys((notes, ())):
+                file, found = cached(cache, json.dumps([*begin, named, *end]), notes)
+                if found is not None and (skip_broken or found.manifest.get("skipped") == 0):
+                    return found
         broken: dict[int, _Broken] = {}
         conversions: Counter[str] = Counter()
         with Collector(

@@ -267,7 +267,7 @@ def gathered_set(
         shape = (channels, high, wide)
     file = cache
     if count * math.prod(shape) > memory_budget:
-        file, found = cached(cache, json.dumps(key))
+        file, found = cached(cache, json.dumps(key), origin.notes)
         if found is not None:
             return found
     with Collector(count, shape, memory_budget=memory_budget, file=file, class_names=origin.class_names) as collector:
