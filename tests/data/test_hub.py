@@ -377,10 +377,10 @@ def test_broken_and_missing_images_are_named_by_row(hub):
             {"label": [350000.0, 1.0]},
             None,
             None,
-            "The column label holds 350000, which is no number of a class of up",
+            "The column label holds 350000, and class numbers run from 0",
         ),
-        ({}, {"label": [1.7e9, 1.6e9]}, None, None, "The column label holds 1700000000, which is no number of a class"),
-        ({}, {"label": [3e12, 0.0]}, None, None, "The column label holds 3000000000000, which is no number of a"),
+        ({}, {"label": [1.7e9, 1.6e9]}, None, None, "The column label holds 1700000000, and class numbers run from 0"),
+        ({}, {"label": [3e12, 0.0]}, None, None, "The column label holds 3000000000000, and class numbers run from 0"),
         ({}, {"label": [65535.0, 0.0]}, [65535, 0], None, ""),
         (
             {},

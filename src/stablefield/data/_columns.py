@@ -148,7 +148,7 @@ def read_labels(column: str, kind: str, values: Iterable[object], names: tuple[s
     most = max(CLASS_LIMIT, len(found))
     if kind == "float" and max(found) >= most:
         note = (
-            f"The column {column} holds {max(found)}, which is no number of a class of up to {most:,}, so the labels are "
+            f"The column {column} holds {max(found)}, and class numbers run from 0 to {most - 1:,}, so the labels are "
             "ignored: number the classes 0, 1, 2, ..."
         )
         return None, None, (note,)
