@@ -1,5 +1,6 @@
 """Exports: loaded where this library is not, they give its samples."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -559,6 +560,22 @@ def test_a_pipeline_of_latents_is_imported_with_its_autoencoder(tmp_path: Path) 
     autoencoder = Autoencoder(model, device="cpu")
     write_pipeline(tmp_path / "pipe", denoiser, (4, 4, 6), scaling=scaling, autoencoder=autoencoder)
     file = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
+    # As diffusers writes a pipeline that has no autoencoder.
+    write_pipeline(tmp_path / "none", denoiser, (4, 4, 6), scaling=scaling)
+    index = json.loads((tmp_path / "none" / "model_index.json").read_text())
+    (tmp_path / "none" / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
+    alone = read_published(tmp_path / "none" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert "autoencoder" not in alone.manifest
+    assert alone.manifest["scaling"] == scaling.record
+    # Latents of 16 bits are what the pipeline's own autoencoder takes.
+    from diffusers import DiffusionPipeline
+
+    half = dataclasses.replace(scaling, dtype="float16")
+    write_pipeline(tmp_path / "half", denoiser, (4, 4, 6), scaling=half, autoencoder=autoencoder)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "half", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    found = pipe(num_inference_steps=1, output_type="latent").images
+    assert found.dtype == pipe.vae.decode(found).sample.dtype == torch.float32
     run = sf.interop.import_run(file, tmp_path / "run")
     record = run.config.autoencoder
     assert record is not None

@@ -19,7 +19,7 @@ import stablefield as sf
 from stablefield._progress import Progress
 from stablefield.cli.entry import main
 from stablefield.data._augmentation import Augmentation
-from stablefield.data._autoencoder import Autoencoder
+from stablefield.data._autoencoder import Autoencoder, AutoencoderRecord
 from stablefield.data._latent_folder import open_latents
 from stablefield.data._latents import encode
 from stablefield.evaluation import RandomConvolutions
@@ -579,8 +579,15 @@ def test_the_autoencoders_own_scaling_takes_its_statistics_of_each_channel(image
     np.testing.assert_allclose(2 * np.array(scaling["std"]), np.array(std) / 0.7)
     # Statistics of another number of channels are refused.
     autoencoder(latents_mean=[0.0], latents_std=[1.0]).save_pretrained(tmp_path / "one")
-    with pytest.raises(ValueError, match="latents_std of 1 channels, and its latents have 4: repair its"):
+    with pytest.raises(
+        ValueError, match=r"one: its config\.json has latents_mean .*: repair it, .* each of the 4 channels"
+    ):
         imported.export(tmp_path / "no", samples=0, vae=tmp_path / "one")
+    for mean, std in (([[1.0] * 4], [1.0] * 4), ([1.0] * 4, [1.0] * 3), ([1.0] * 4, [0.0] + [1.0] * 3)):
+        with pytest.raises(ValueError, match=r"^vae=.*: its config\.json has latents_mean .*: repair it"):
+            Autoencoder(autoencoder(latents_mean=mean, latents_std=std), device="cpu").record((3, 8, 12))
+    record = found.record((3, 8, 12)).record | {"latents_mean": None, "latents_std": None}
+    assert AutoencoderRecord.of_manifest({"autoencoder": record}).latents_std == ()
 
 
 def test_a_run_within_a_time_leaves_time_to_decode_its_pictures(latents, monkeypatch):
@@ -636,7 +643,7 @@ def test_latents_of_another_autoencoder_are_refused_or_noted(run, images, latent
     theirs, ours = other.autoencoder.sha256[:12], own.autoencoder.sha256[:12]
     assert theirs != ours
     origin = sf.data.Origin(name="part", source="y", class_names=images.class_names)
-    part = sf.data.make_image_set(images.images[::2], images.labels[::2], origin)
+    part = sf.data.make_image_set(255 - images.images[::2], images.labels[::2], origin)
     for fits in (False, True):
         place = vae if fits else tmp_path / "vae"
         outside = encode(part, tmp_path / f"part{fits}", vae=place, mirror=True, device="cpu")

@@ -85,7 +85,7 @@ class AutoencoderRecord:
             return None
         try:
             found = dict(cast("dict[str, Any]", entry))
-            lists: dict[str, Any] = {name: tuple(found.get(name, ())) for name in _STATISTICS}
+            lists: dict[str, Any] = {name: tuple(found.get(name) or ()) for name in _STATISTICS}
             return cls(**found | lists | {"shape": tuple(found["shape"])})
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"its autoencoder is damaged ({error})") from error
@@ -248,17 +248,33 @@ class Autoencoder:
     def record(self, shape: tuple[int, ...]) -> AutoencoderRecord:
         """The record for images of `shape` (C, H, W)."""
         config = self.model.config
-        mean, std = (tuple(map(float, getattr(config, name, None) or ())) for name in _STATISTICS)
+        mean, std = self._statistics()
         return AutoencoderRecord(
             place=self.place,
             sha256=self.sha256,
             scaling_factor=float(config.scaling_factor),
             shift_factor=float(getattr(config, "shift_factor", None) or 0.0),
             shape=(int(config.out_channels), *shape[1:]),
-            # As diffusers has it, one without the other does nothing.
-            latents_mean=mean if std else (),
-            latents_std=std if mean else (),
+            latents_mean=mean,
+            latents_std=std,
         )
+
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The mean and the standard deviation of each channel, empty if its config.json does not state both."""
+        mean, std = (getattr(self.model.config, name, None) or () for name in _STATISTICS)
+        if not mean or not std:  # as diffusers has it, one without the other does nothing
+            return (), ()
+        try:
+            found = tuple(map(float, mean)), tuple(map(float, std))
+        except (TypeError, ValueError):
+            found = (), ()
+        finite = all(map(math.isfinite, (*found[0], *found[1])))
+        if not finite or {len(part) for part in found} != {self.channels} or min(found[1]) <= 0:
+            raise ValueError(
+                f"vae={self.place}: its config.json has latents_mean {str(mean)[:80]} and latents_std {str(std)[:80]}: "
+                f"repair it, with a number for each of the {self.channels} channels, and those of latents_std above 0."
+            )
+        return found
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Shape of the latent of an image of `shape` (C, H, W).

@@ -92,8 +92,8 @@ class StablefieldPipeline(DiffusionPipeline):
             solver: "heun", in float64 if the device has it, or "scheduler" for the scheduler's own steps.
             output_type: "pil", the default, "np" (B, H, W, C) in [0, 1], or "pt", (B, C, H, W) in [-1, 1] as in training. Of
                 data that are not images: "pt", the default, or "np", both (B, ...) in the units and dtype of the training
-                data, or as the network sees them if those are unknown. With an autoencoder also "latent", (B, C, h, w) in
-                its units, not decoded.
+                data, or as the network sees them if those are unknown. With an autoencoder also "latent", float32 of shape
+                (B, C, h, w) in its units, not decoded.
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
@@ -163,9 +163,11 @@ class StablefieldPipeline(DiffusionPipeline):
                 torch.tensor(self.scaling[name], dtype=x.dtype, device=x.device).reshape(per_channel)
                 for name in ("mean", "std")
             )
-            kind: torch.dtype = getattr(torch, self.scaling["dtype"])
+            kind: torch.dtype = getattr(torch, self.scaling.get("dtype", "float32"))
             most = torch.finfo(kind).max
             x = (x * (2 * std) + mean).clamp(-most, most).to(kind)
+            # Latents go to an autoencoder, which may have no 16-bit weights.
+            x = x if self.vae is None else x.float()
         if self.vae is not None and output_type != "latent":
             # One at a time: a decoder takes far more memory than the network.
             x = torch.cat([self.vae.decode(one[None].to(device, self.vae.dtype)).sample for one in x])

@@ -272,7 +272,8 @@ def _pipeline_config(folder: Path, index: Mapping[str, Any]) -> ExportConfig:
         heads=heads,
         shape=cast("tuple[int, ...]", shape),
         manifest=manifest,
-        vae=folder.with_name("vae") if index.get("vae") and scaling is not None else None,
+        # diffusers writes a pair of nulls for a part that is not there.
+        vae=folder.with_name("vae") if index.get("vae") not in (None, [None, None]) and scaling is not None else None,
     )
 
 

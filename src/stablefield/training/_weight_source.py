@@ -162,7 +162,9 @@ def open_weights(init: str | Path | HasFolder) -> WeightSource:
     if not isinstance(path, Path):
         raise TypeError(f"init is {type(init).__name__}: pass a run, or {_WANTED}.")
     if path.is_file():
-        return WeightSource(path=path, file=path)
+        return WeightSource(
+            path=path, file=path, settings=_stated_settings(path.parent) if path.name == _DIFFUSERS else {}
+        )
     if not path.is_dir():
         raise ValueError(f"init={path} does not exist: {_WANTED}.")
     try:
