@@ -1,6 +1,8 @@
 """Processes: derivatives, inverses, identities and accuracy, each against something that is not the code."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -318,3 +320,62 @@ def test_the_discrete_process_has_no_derivative() -> None:
     for name in ("alpha_dot", "sigma_dot"):
         with pytest.raises(ValueError, match="no time derivative: regress on noise"):
             getattr(sf.Discrete(ddpm()), name)(torch.tensor([3]))
+
+
+class Own(sf.Process):
+    """The variance-preserving path of a quarter circle, by its scales alone."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(0.5 * math.pi * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(0.5 * math.pi * t)
+
+    def time(self, noise_level: Tensor) -> Tensor:
+        return torch.atan(noise_level) / (0.5 * math.pi)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_process_of_scales_alone_has_their_derivatives(mode: Callable[[], Any], rng: torch.Generator) -> None:
+    t = torch.rand(16, generator=rng, dtype=torch.float64) * 0.9 + 0.05
+    with mode():
+        found = Own().alpha_dot(t), Own().sigma_dot(t)
+        x0, noise = torch.randn(2, 16, 3, generator=rng, dtype=torch.float64)
+        x_t = Own().perturb(x0, t, noise)
+        target = sf.StableTarget(Own(), references=sf.InBatch())(x0, x_t, t, noise=noise)
+        velocity = target.velocity
+    half = 0.5 * math.pi
+    expected = -half * (half * t).sin(), half * (half * t).cos()
+    torch.testing.assert_close(found, expected)
+    assert not velocity.requires_grad
+    torch.testing.assert_close(
+        velocity, expected[0][:, None] * target.x0 + expected[1][:, None] * target.noise, rtol=1e-9, atol=1e-9
+    )
+
+
+def test_the_derivative_of_a_learned_scale_has_its_gradient() -> None:
+    class Learned(Own):
+        power = torch.nn.Parameter(torch.tensor(2.0))
+
+        def sigma(self, t: Tensor) -> Tensor:
+            return t**self.power
+
+    t = torch.tensor([0.25, 0.5])
+    Learned().sigma_dot(t).sum().backward()
+    # The derivative of p t^(p - 1) by p.
+    expected = (t**1.0 * (1 + 2.0 * t.log())).sum()
+    torch.testing.assert_close(Learned.power.grad, expected)
+
+
+def test_scales_that_are_no_functions_of_time_need_derivatives_of_their_own() -> None:
+    class Constant(Own):
+        def alpha(self, t: Tensor) -> Tensor:
+            return torch.ones_like(t)
+
+        def sigma(self, t: Tensor) -> Tensor:
+            return torch.linspace(0, 1, 11, dtype=t.dtype)[(10 * t).long()]
+
+    for name in ("alpha", "sigma"):
+        message = rf"^{name} of .*Constant.* is no differentiable function of t: define {name}_dot\(t\), its derivative"
+        with pytest.raises(ValueError, match=message):
+            getattr(Constant(), f"{name}_dot")(torch.rand(3))

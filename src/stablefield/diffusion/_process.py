@@ -28,7 +28,10 @@ _MARGIN = 1e-6
 
 
 class Process(ABC):
-    """A Gaussian process: x_t = alpha(t) x0 + sigma(t) noise."""
+    """A Gaussian process: x_t = alpha(t) x0 + sigma(t) noise.
+
+    Define `alpha`, `sigma` and `time` for one of your own.
+    """
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -38,13 +41,13 @@ class Process(ABC):
     def sigma(self, t: Tensor) -> Tensor:
         """Standard deviation of the noise at time `t`, of the shape of `t`."""
 
-    @abstractmethod
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """Derivative of `alpha` with respect to time, of the shape of `t`."""
+        """Derivative of `alpha` with respect to time, of the shape of `t`: by default torch differentiates."""
+        return _derivative(self, "alpha", t)
 
-    @abstractmethod
     def sigma_dot(self, t: Tensor) -> Tensor:
-        """Derivative of `sigma` with respect to time, of the shape of `t`."""
+        """Derivative of `sigma` with respect to time, of the shape of `t`: by default torch differentiates."""
+        return _derivative(self, "sigma", t)
 
     @abstractmethod
     def time(self, noise_level: Tensor) -> Tensor:
@@ -129,6 +132,27 @@ def rates(process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
     found = process.alpha_dot(t), process.sigma_dot(t)
     _check_rows(process, ("alpha_dot", "sigma_dot"), found, t)
     return found
+
+
+def _derivative(process: Process, name: str, t: Tensor) -> Tensor:
+    """The derivative of the scale `name` of a process.
+
+    Raises:
+        ValueError: if the scale is no differentiable function of the time.
+    """
+    graph = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        own = t.detach().clone().requires_grad_()
+        value = getattr(process, name)(own)
+        found = None
+        if value.requires_grad:
+            (found,) = torch.autograd.grad(value.sum(), own, create_graph=graph, allow_unused=True)
+    if found is None:  # a constant, or a table
+        raise ValueError(
+            f"{name} of {process} is no differentiable function of t: define {name}_dot(t), its derivative, of the "
+            "shape of t."
+        )
+    return found if graph else found.detach()
 
 
 def _check_rows(process: Process, names: tuple[str, str], values: tuple[Tensor, Tensor], t: Tensor) -> None:
