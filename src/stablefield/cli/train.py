@@ -279,13 +279,7 @@ class Train(TrainingFlags):
             return []
         self.measure.check()
         extractor = self.measure.open(data.shape, device, floating=data.scaling is not None, usual="random")
-        check = SelfCheck.prepare(
-            config.numbered(data),
-            extractor,
-            samples=self.evaluate_samples,
-            classes=config.proportional_classes,
-            mirrored=config.recipe.mirror,
-        )
+        check = SelfCheck.of_run(config, data, extractor, self.evaluate_samples)
 
         def tell(step: int, reading: Reading) -> None:
             console.print(f"step {step:,}: {reading}")

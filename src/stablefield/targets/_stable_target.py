@@ -249,15 +249,11 @@ class StableTarget:
         """
         for name, value in (("x0", x0), ("alpha", alpha), ("sigma", sigma)):
             if value.requires_grad:
-                remedy = (
-                    "pass x0.detach() (or encode under torch.no_grad())"
-                    if value is x0
-                    else f"detach the parameters of {self.process}"
-                )
+                detached = "x0.detach()" if value is x0 else f"a process with the parameters of {self.process} detached"
                 raise ValueError(
-                    f"{name} requires a gradient, and a stable target is biased for what is trained to make {name}, because "
-                    f"the variance that references remove depends on it: {remedy} if this loss does not train that, and use "
-                    "DenoisingTarget(process) if it does."
+                    f"{name} requires a gradient, and a stable target would send a wrong one to what makes {name}, such as "
+                    f"a trained encoder or schedule. If that is not trained by this loss, pass {detached}; if it is, use "
+                    "DenoisingTarget(process)."
                 )
 
     @property

@@ -162,14 +162,7 @@ def compare(
     extractor = raw(data) if extractor is None else extractor
     settings = settings_of(runs[0].config, data, extractor, scoring.samples)
     _check_begun(folder, runs, data, settings)
-    config = runs[0].config
-    check = SelfCheck.prepare(
-        config.numbered(data),
-        extractor,
-        samples=scoring.samples,
-        classes=config.proportional_classes,
-        mirrored=config.recipe.mirror,
-    )
+    check = SelfCheck.of_run(runs[0].config, data, extractor, scoring.samples)
     if on_start is not None:
         training, scored, other = _seconds(runs, scoring, data, check, where, folder)
         on_start(

@@ -238,10 +238,10 @@ def gain_texts(values: Sequence[float]) -> tuple[str, str]:
     """The mean of shares over seeds in per cent, with its error if there are several, and the least and the most."""
     found = spread([100 * value for value in values])
     error = found.error or 0.0
+    places = 1 if found.error is None else 2
     # An error is shown to two digits, but no digits beyond a hundredth of a per cent, which mean nothing.
-    places = (
-        1 if found.error is None else min(2, max(0, 1 - math.floor(math.log10(error)))) if 0 < error < math.inf else 2
-    )
+    if 0 < error < math.inf:
+        places = min(2, max(0, 1 - math.floor(math.log10(error))))
     mean, least, most = (f"{round(value, places) + 0.0:.{places}f}%" for value in (found.mean, found.least, found.most))
     if found.error is not None:
         shown = f"{error:.{places}f}"

@@ -123,7 +123,7 @@ class Plan:
         Args:
             device: where to compute; a GPU if there is one.
             vae: as for `train`.
-            evaluate_every: steps between evaluations of samples by an observer, as those of `--evaluate-every`; 0 for none.
+            evaluate_every: steps between evaluations of samples by an observer; 0 for none.
             evaluate_samples: samples of each of them.
 
         Raises:

@@ -63,8 +63,8 @@ class SamplerOptions(SolverOptions):
     batch: int = 256
     """Images at a time; changes the images only by the network's rounding."""
     decode: bool = True
-    """Decode the samples of a run on latents of images; otherwise they are the latents, in the autoencoder's units. An
-    imported network draws latents as it sees them, unless its file states a scaling."""
+    """Decode the samples of a run on latents of images. Undecoded ones are the latents, in the autoencoder's units; of an
+    imported network whose file states no scaling, as it sees them."""
     vae: str = ""
     """The autoencoder's folder or name on a hub, if it has moved, or for an imported network, which does not know its
     place."""

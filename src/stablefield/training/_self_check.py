@@ -92,6 +92,24 @@ class SelfCheck:
     """Groups of the jackknife."""
 
     @classmethod
+    def of_run(cls, config: RunConfig, data: ImageSet, extractor: Extractor, samples: int) -> "SelfCheck":
+        """Prepare the check of a run, whose perfect model draws as the run's images are drawn; errors as of `prepare`.
+
+        Args:
+            config: the run's configuration.
+            data: its images.
+            extractor: maps images to features.
+            samples: samples per check.
+        """
+        return cls.prepare(
+            config.numbered(data),
+            extractor,
+            samples=samples,
+            classes=config.proportional_classes,
+            mirrored=config.recipe.mirror,
+        )
+
+    @classmethod
     def prepare(
         cls,
         images: ImageSet,
